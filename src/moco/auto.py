@@ -1,0 +1,77 @@
+"""Settings for somebody's own images: from their size and number and from the machine, each with its reason."""
+
+import statistics
+
+from moco.config import DataConfig, PretrainConfig, parse_config
+from moco.data import ArrayImages, Splits, load_data
+from moco.engine import choose_accelerator
+
+SMALL = 64
+"""Images up to so many pixels a side keep their resolution through a small stem."""
+SAMPLED = 50
+
+
+def auto_config(data: DataConfig, given: Splits | None = None) -> tuple[PretrainConfig, list[str]]:
+    """Settings that suit the images and the machine.
+
+    Args:
+        data: where the images are.
+        given: the images, if a program has handed them over.
+
+    Returns:
+        The settings, and one line for each choice that says why.
+
+    Raises:
+        ValueError: fewer than 16 images.
+    """
+    images = (given or load_data(data)).train
+    number = len(images)
+    if number < 16:
+        raise ValueError(f"there are {number} images; expected at least 16 to contrast with each other")
+    if isinstance(images, ArrayImages):
+        side = min(images.images.shape[2:])
+    else:
+        sampled = [images.decode(index) for index in range(0, number, max(1, number // SAMPLED))]
+        side = int(statistics.median(min(image.shape[1:]) for image in sampled))
+    accelerated = choose_accelerator("auto") != "cpu"
+    small = side <= SMALL
+    size = max(8, side // 8 * 8) if small else 224 if accelerated else 96
+    size = min(size, max(32, side // 32 * 32)) if not small else size
+    backbone = ("resnet18" if small else "resnet50") if accelerated else "resnet-mini" if small else "resnet18"
+    batch = min(256 if accelerated else 128, 2 ** ((number // 4).bit_length() - 1))
+    batch = max(batch, 4)
+    splits = max(1, min(8, batch // 4))
+    queue = max(2 * batch, min(65536, 2 ** (max(1, number // 10).bit_length() - 1)))
+    # Images seen: about a night on one accelerator, about ten minutes on two cores.
+    budget = 20_000_000 if accelerated else 300_000 if small else 20_000
+    epochs = max(5, min(800, budget // number))
+    where = "this accelerator" if accelerated else "this processor"
+    reasons = [
+        f"--views.size {size}: the images have about {side} pixels on their short side"
+        + ("" if small or size == side else f", and {size} is what {where} can train on"),
+        f"--model.backbone {backbone}: for {where}",
+        f"--model.stem {'small' if small else 'imagenet'}: images {'up to' if small else 'over'} {SMALL} pixels",
+        f"--views.recipe {'cifar' if small else 'v2'}: {'no blur, which small images do not bear' if small else 'MoCo v2'}",
+        f"--batch_size {batch}: {number:,} images on {where}",
+        f"--model.queue_size {queue}: a power of two, at most a tenth of the images where that holds two batches",
+        f"--epochs {epochs}: about {epochs * number:,} images seen",
+    ]
+    settings = {
+        "recipe": "auto",
+        "epochs": epochs,
+        "batch_size": batch,
+        "data": data.model_dump(),
+        "views": {"recipe": "cifar" if small else "v2", "size": size},
+        "model": {
+            "variant": "v2",
+            "backbone": backbone,
+            "stem": "small" if small else "imagenet",
+            "queue_size": queue,
+            "temperature": 0.2,
+            "momentum": 0.99,
+            "bn_splits": splits,
+        },
+        "optim": {"base_lr": 0.06, "weight_decay": 5e-4, "warmup_epochs": min(10.0, epochs / 20)},
+        "monitor": {"every": max(1, epochs // 20)},
+    }
+    return parse_config(settings), reasons

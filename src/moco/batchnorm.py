@@ -1,0 +1,158 @@
+"""Batch norm whose statistics do not leak which key belongs to a query (MoCo v1, section 3.3).
+
+`split`: groups within a device. `shuffle`: ordinary batch norm on each device, over images exchanged between devices.
+`sync`: one statistic over all devices (v3). All keep the parameter and buffer names and shapes of torch's BatchNorm2d.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from moco import dist
+
+
+def group_sizes(n: int, num_splits: int) -> list[int]:
+    """How many of `n` images fall into each interleaved group (image i into group i mod num_splits)."""
+    return [len(range(group, n, num_splits)) for group in range(min(n, num_splits))]
+
+
+def grouped_order(n: int, num_splits: int, device: torch.device) -> Int64[Tensor, " n"]:
+    """The order that puts the interleaved groups one behind the other."""
+    return torch.cat([torch.arange(group, n, num_splits, device=device) for group in range(min(n, num_splits))])
+
+
+class _GroupedNorm(torch.autograd.Function):
+    """Batch norm over consecutive groups of a batch, each written in place into one output."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, means, variances, sizes, eps):
+        out, saved = torch.empty_like(x), []
+        for part, target, mean, var in zip(x.split(sizes), out.split(sizes), means, variances, strict=True):
+            stats = torch.empty_like(mean), torch.empty_like(mean)
+            # momentum 1: the buffers are left holding the group's own mean and unbiased variance
+            torch.native_batch_norm(part, weight, bias, mean, var, True, 1.0, eps, out=(target, *stats))
+            saved += stats
+        ctx.save_for_backward(x, weight, *saved)
+        ctx.sizes, ctx.eps = sizes, eps
+        ctx.mark_non_differentiable(means, variances)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, *saved = ctx.saved_tensors
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x, grad_weight, grad_bias = torch.empty_like(x), 0, 0
+        parts = zip(x.split(ctx.sizes), grad.split(ctx.sizes), grad_x.split(ctx.sizes), strict=True)
+        for group, (part, part_grad, target) in enumerate(parts):
+            mean, invstd = saved[2 * group : 2 * group + 2]
+            dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+                part_grad, part, weight, None, None, mean, invstd, True, ctx.eps, [True, True, True]
+            )
+            target.copy_(dx)
+            if weight is not None:
+                grad_weight, grad_bias = grad_weight + dw, grad_bias + db
+        return grad_x, *((None, None) if weight is None else (grad_weight, grad_bias)), None, None, None, None
+
+
+class SplitBatchNorm2d(_NormBase):
+    """Batch norm with statistics over `num_splits` interleaved groups: image i belongs to group i mod num_splits.
+
+    Scale and shift are shared. Running statistics are the mean over groups of each group's update; in eval mode this is
+    ordinary batch norm. Any batch size, memory format, and also `[n, c]` input.
+
+    Args:
+        num_features: channels c.
+        num_splits: groups; 1 is ordinary batch norm.
+        momentum: weight of the new value in the running statistics (torch's meaning: the fraction replaced).
+        eps: added to the variance.
+        grouped: the batch already comes with its groups one behind the other (`grouped_order`); spares two copies.
+    """
+
+    def __init__(
+        self, num_features: int, num_splits: int = 8, *, momentum: float = 0.1, eps: float = 1e-5, grouped: bool = False
+    ):
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.num_splits, self.grouped = num_splits, grouped
+
+    def forward(self, x: Float[Tensor, "n c *hw"]) -> Float[Tensor, "n c *hw"]:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        sizes = group_sizes(len(x), self.num_splits)
+        if not self.grouped:
+            order = grouped_order(len(x), self.num_splits, x.device)
+            x = x[order]
+        means = self.running_mean.new_zeros(len(sizes), self.num_features)
+        variances = torch.zeros_like(means)
+        if not (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+            x = x.contiguous()
+        out = _GroupedNorm.apply(x, self.weight, self.bias, means, variances, sizes, self.eps)
+        with torch.no_grad():
+            self.running_mean.lerp_(means.mean(dim=0), self.momentum)
+            self.running_var.lerp_(variances.mean(dim=0), self.momentum)
+        return out if self.grouped else torch.empty_like(out).index_copy(0, order, out)
+
+
+class SyncBatchNorm(_NormBase):
+    """Batch norm over the batches of all ranks, by differentiable all-reduce; any device and dtype."""
+
+    def forward(self, x: Float[Tensor, "n c *hw"]) -> Float[Tensor, "n c *hw"]:
+        use_batch = self.training
+        if not use_batch or dist.world_size() == 1:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, use_batch, self.momentum, self.eps
+            )
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        axes = [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        count = x.numel() // x.shape[1] * dist.world_size()
+        mean = dist.all_reduce_sum(wide.sum(axes)) / count
+        centred = wide - mean.view(shape)
+        var = dist.all_reduce_sum(centred.square().sum(axes)) / count  # two passes: no cancellation
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * (count / max(count - 1, 1))).to(self.running_var.dtype), self.momentum)
+        scale = self.weight.to(wide.dtype) * torch.rsqrt(var + self.eps)
+        return (centred * scale.view(shape) + self.bias.to(wide.dtype).view(shape)).to(x.dtype)
+
+
+def convert(module: nn.Module, kind: str, *, num_splits: int = 8, grouped: bool = False) -> nn.Module:
+    """Replaces every torch batch norm below `module` by `split` or `sync`; `shuffle` and `plain` keep torch's.
+
+    Parameters and buffers are carried over, so names, shapes and values stay.
+    """
+    if kind in ("plain", "shuffle"):
+        return module
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            setattr(module, name, _converted(child, kind, num_splits, grouped))
+        else:
+            convert(child, kind, num_splits=num_splits, grouped=grouped)
+    return module
+
+
+def _converted(norm: nn.BatchNorm1d | nn.BatchNorm2d, kind: str, num_splits: int, grouped: bool) -> _NormBase:
+    if kind == "split":
+        new = SplitBatchNorm2d(norm.num_features, num_splits, momentum=norm.momentum, eps=norm.eps, grouped=grouped)
+    else:
+        new = SyncBatchNorm(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+    new.affine, new.weight, new.bias = norm.affine, norm.weight, norm.bias
+    new.running_mean, new.running_var, new.num_batches_tracked = (
+        norm.running_mean,
+        norm.running_var,
+        norm.num_batches_tracked,
+    )
+    return new.train(norm.training)
+
+
+@torch.no_grad()
+def average_running_statistics(module: nn.Module) -> None:
+    """Before evaluating or saving: every rank's running means and variances become their mean over ranks."""
+    if dist.world_size() == 1:
+        return
+    for name, buffer in module.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(dist.all_reduce_sum(buffer) / dist.world_size())

@@ -1,0 +1,52 @@
+"""Images in, from a name or a folder: `load_data` finds them, `Loader` deals them out."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from moco.config import DataConfig
+from moco.data.arrays import ArrayImages
+from moco.data.datasets import cifar10, cifar100, cifar_folder, digits
+from moco.data.decode import BadImage
+from moco.data.folder import FileImages, Images, Splits, load_folder
+from moco.data.given import as_images
+from moco.data.loader import Loader, epoch_order, resized
+
+__all__ = [
+    "DATASETS",
+    "ArrayImages",
+    "BadImage",
+    "FileImages",
+    "Images",
+    "Loader",
+    "Splits",
+    "as_images",
+    "epoch_order",
+    "load_data",
+    "resized",
+]
+
+DATASETS: dict[str, Callable[[DataConfig], Splits]] = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100}
+
+
+def load_data(config: DataConfig) -> Splits:
+    """Images of `config.source`: a name in `DATASETS`, a folder of images, or one with CIFAR's python files.
+
+    Example:
+        >>> load_data(DataConfig(source="digits")).train.images.shape
+        torch.Size([1442, 3, 8, 8])
+
+    Raises:
+        ValueError: neither a known name nor a folder, no images in it, or too many that cannot be read.
+    """
+    if config.source in DATASETS:
+        return DATASETS[config.source](config)
+    folder = Path(config.source).expanduser()
+    if folder.is_dir():
+        read = cifar_folder(folder)
+        return read(config) if read else load_folder(folder, config)
+    close = difflib.get_close_matches(config.source, DATASETS, n=1)
+    raise ValueError(
+        f"data source {config.source!r} {'is a file' if folder.exists() else 'does not exist'}; expected one of"
+        f" {', '.join(DATASETS)}, or a folder of images" + (f"; did you mean {close[0]!r}?" if close else "")
+    )

@@ -1,0 +1,70 @@
+"""Images that a program hands over: tensors, arrays, lists of pictures, datasets."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moco.data.arrays import ArrayImages
+from moco.data.decode import luma
+from moco.data.folder import FileImages, Images
+
+
+def as_images(given: Any, *, channels: int = 3) -> Images:
+    """Images from whatever holds them.
+
+    Args:
+        given: uint8 tensor `[n, c, h, w]` or `[n, h, w]`; uint8 array `[n, h, w, c]` or `[n, h, w]`; list of PIL images;
+            a map-style dataset of PIL images or uint8 tensors, alone or as (image, label); or what `load_data` gives.
+        channels: 1 or 3; grey is repeated, colour averaged.
+
+    Raises:
+        ValueError: none of these, no images, or images of several sizes.
+    """
+    if isinstance(given, ArrayImages | FileImages):
+        return given
+    labels = None
+    if isinstance(given, np.ndarray):
+        pixels = torch.from_numpy(given)
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(-1, 1)
+    elif isinstance(given, Tensor):
+        pixels = given[:, None] if given.ndim == 3 else given
+    elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, str | bytes | dict):
+        pixels, labels = _from_sequence(given)
+    else:
+        raise ValueError(f"images are {type(given).__name__}; expected a tensor, an array, a list of PIL images or a Dataset")
+    if pixels.ndim != 4 or pixels.dtype != torch.uint8 or len(pixels) == 0:
+        raise ValueError(
+            f"images are {pixels.dtype} of shape {tuple(pixels.shape)}; expected uint8 [n, c, h, w] with at least one image"
+        )
+    if pixels.shape[1] != channels and {pixels.shape[1], channels} == {1, 3}:
+        pixels = luma(pixels) if channels == 1 else pixels.repeat(1, 3, 1, 1)
+    if pixels.shape[1] != channels:
+        raise ValueError(f"images have {pixels.shape[1]} channels; expected {channels}: see --data.channels")
+    classes = None if labels is None else tuple(str(number) for number in range(int(labels.max()) + 1))
+    return ArrayImages(pixels.contiguous(), labels, classes, tuple(str(number) for number in range(len(pixels))))
+
+
+def _from_sequence(given: Any) -> tuple[Tensor, Tensor | None]:
+    pictures, labels = [], []
+    for index in range(len(given)):
+        item = given[index]
+        if isinstance(item, tuple | list) and len(item) == 2:
+            item, label = item
+            labels.append(int(label))
+        if isinstance(item, Image.Image):
+            array = np.array(item.convert("L" if item.mode in ("1", "L", "I;16") else "RGB"))
+            item = torch.from_numpy(array).reshape(*array.shape[:2], -1).movedim(2, 0)
+        if not isinstance(item, Tensor):
+            raise ValueError(f"image {index} is a {type(item).__name__}; expected a PIL image or a uint8 tensor [c, h, w]")
+        pictures.append(item)
+        if item.shape != pictures[0].shape:
+            raise ValueError(
+                f"image {index} is {tuple(item.shape)}, the first {tuple(pictures[0].shape)}; expected one size: resize "
+                "them, or put them into a folder, where sizes may differ"
+            )
+    if not pictures:
+        raise ValueError("there are no images in the list; expected at least one")
+    return torch.stack(pictures), torch.tensor(labels) if len(labels) == len(pictures) else None

@@ -1,0 +1,224 @@
+"""Images in a shuffled order that depends on seed and epoch alone, in batches, from any step on."""
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from moco.data.arrays import ArrayImages
+from moco.data.decode import BadImage
+from moco.data.folder import NUM_NAMED, FileImages, Images
+from moco.transforms import centred
+
+Crop = Callable[[UInt8[Tensor, "c h w"], int, int], UInt8[Tensor, "v c s s"]]
+"""(image, id, epoch) -> its views."""
+
+
+def epoch_order(num_images: int, *, seed: int, epoch: int) -> Int64[Tensor, " n"]:
+    """A permutation of all image ids: a function of seed and epoch alone, whatever ran before."""
+    digest = hashlib.blake2b(f"order,{seed},{epoch}".encode(), digest_size=7).digest()
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
+
+
+@final
+class Loader:
+    """Batches of an epoch's order.
+
+    Args:
+        images: `ArrayImages` are moved to the device once and indexed there; `FileImages` are read by worker processes.
+        batch_size: Images per step over all ranks. What is left at the end of an epoch is dropped.
+        seed: Of the order.
+        device: Where `ArrayImages` are kept. Batches of files stay in host memory, pinned if the device is a GPU.
+        rank: Image i of a global batch belongs to rank i mod `world_size`.
+        world_size: Number of ranks.
+        workers: Reading processes; 0 reads in this one; not given: one less than the cores.
+        crop: (image, id, epoch) -> views [v, c, s, s]; runs in the workers, needed for `FileImages` only.
+        max_bad: Largest fraction of images that may prove unreadable.
+
+    Raises:
+        ValueError: fewer images than a batch, a batch that the ranks cannot share equally, or files without `crop`.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int | None = None,
+        crop: Crop | None = None,
+        max_bad: float = 0.01,
+    ):
+        if batch_size > len(images):
+            raise ValueError(f"batch_size is {batch_size}, expected at most the number of images, {len(images)}")
+        if batch_size % world_size:
+            raise ValueError(f"batch_size is {batch_size}, expected a multiple of the {world_size} processes")
+        if isinstance(images, FileImages) and crop is None:
+            raise ValueError("image files of any sizes make no batch, expected a crop function that gives equal views")
+        self.steps_per_epoch = len(images) // batch_size
+        self.bad: list[str] = []
+        """Files that failed when they were read, in the order of discovery."""
+        self._images, self._batch_size, self._seed, self._device = images, batch_size, seed, device
+        self._rank, self._world_size, self._crop, self._max_bad = rank, world_size, crop, max_bad
+        self._workers = max(1, _num_cores() - 1) if workers is None else workers
+        self._pixels = images.images.to(device) if isinstance(images, ArrayImages) else None
+        self._wait_seconds = 0.0
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds spent waiting for files since this was last asked; 0 for images in memory."""
+        seconds, self._wait_seconds = self._wait_seconds, 0.0
+        return seconds
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[UInt8[Tensor, "..."], Int64[Tensor, " n"]]]:
+        """This rank's batches from step `start` on: uint8 images and their ids (positions in the image set).
+
+        `ArrayImages` give [n, c, h, w] on the device, `FileImages` [n, v, c, s, s] in host memory, as all ids are.
+        An unreadable file is replaced by the next readable one of the order, which then also gives its id.
+
+        Raises:
+            ValueError: more than `max_bad` of the files cannot be read.
+        """
+        order = epoch_order(len(self._images), seed=self._seed, epoch=epoch)
+        if self._pixels is not None:
+            return self._from_memory(self._pixels, order, start)
+        return self._from_files(order, epoch, start)
+
+    def _positions(self, step: int) -> slice:
+        """Places in the order that this rank has at a step."""
+        return slice(step * self._batch_size + self._rank, (step + 1) * self._batch_size, self._world_size)
+
+    def _from_memory(self, pixels: Tensor, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        there = order.to(self._device)  # once an epoch, so that no step waits for a copy
+        for step in range(start, self.steps_per_epoch):
+            places = self._positions(step)
+            yield pixels[there[places]], order[places]
+
+    def _from_files(self, order: Tensor, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        assert isinstance(self._images, FileImages) and self._crop is not None
+        reader = _Reader(self._images, order, self._crop, epoch, self._max_bad)
+        everything = range(len(order))
+        batches = DataLoader(
+            reader,
+            sampler=[everything[self._positions(step)] for step in range(start, self.steps_per_epoch)],
+            batch_size=None,
+            num_workers=self._workers,
+            collate_fn=_unchanged,
+            pin_memory=self._device.type == "cuda",
+            # Else every epoch would draw from the global generator, and a resumed run would draw differently.
+            generator=torch.Generator(),
+            multiprocessing_context=_context() if self._workers else None,
+        )
+        with warnings.catch_warnings():
+            # From Python 3.12 on a fork beside threads warns. A worker has one thread (torch sees to it), and takes none of our locks.
+            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+            iterator = iter(batches)
+        try:
+            while True:
+                begin = time.perf_counter()
+                batch = next(iterator, None)
+                self._wait_seconds += time.perf_counter() - begin
+                if batch is None:
+                    return
+                self._record(batch.bad)
+                yield batch.images, batch.ids
+        finally:
+            # Ends the workers now, not when somebody lets go of an error's traceback.
+            del iterator
+
+    def _record(self, bad: list[BadImage]) -> None:
+        log = logging.getLogger("moco")
+        for each in bad:
+            if each.path in self.bad:
+                continue
+            self.bad.append(each.path)
+            if len(self.bad) <= NUM_NAMED:
+                log.warning("replaced by the next image: %s", each)
+            elif len(self.bad) == NUM_NAMED + 1:
+                log.warning("replaced by the next image: more files, from here on only counted")
+        if len(self.bad) > self._max_bad * len(self._images) or len(self.bad) == len(self._images):
+            raise ValueError(
+                f"{len(self.bad)} of {len(self._images)} files could not be read so far, expected at most"
+                f" {self._max_bad:.2%}; remove them or raise data.max_bad: {', '.join(map(repr, self.bad[:5]))}"
+            )
+
+
+class _Batch(NamedTuple):
+    """What a worker sends: views, ids, and the files that it had to replace."""
+
+    images: Tensor
+    ids: Tensor
+    bad: list[BadImage]
+
+
+@final
+class _Reader(Dataset[_Batch]):
+    """Whole batches by their places in the order; nothing in it is random."""
+
+    def __init__(self, images: FileImages, order: Int64[Tensor, " n"], crop: Crop, epoch: int, max_bad: float):
+        self._images, self._order, self._crop, self._epoch = images, order, crop, epoch
+        # With more failures in a row the parent stops anyway.
+        self._attempts = min(len(order), int(max_bad * len(order)) + 2)
+
+    def __getitem__(self, index: Sequence[int]) -> _Batch:
+        """The batch at these places in the order."""
+        bad: list[BadImage] = []
+        read = [self._first_readable(position, bad) for position in index]
+        good = [item for item in read if item is not None]
+        images = torch.stack([views for views, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
+        return _Batch(images, torch.tensor([id for _, id in good], dtype=torch.int64), bad)
+
+    def _first_readable(self, position: int, bad: list[BadImage]) -> tuple[Tensor, int] | None:
+        for attempt in range(self._attempts):
+            id = int(self._order[(position + attempt) % len(self._order)])
+            try:
+                image = self._images.decode(id)
+            except BadImage as error:
+                bad.append(error)
+            else:
+                return self._crop(image, id, self._epoch), id
+        return None
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _context() -> str | None:
+    """Fork where there is one: the list of paths is shared and a script needs no `if __name__` guard."""
+    return "fork" if os.name == "posix" and "fork" in multiprocessing.get_all_start_methods() else None
+
+
+def resized(
+    images: Images, indices: Sequence[int] | Int64[Tensor, " n"], *, size: int
+) -> UInt8[Tensor, "n c {size} {size}"]:
+    """A batch for feature extraction: the short side brought to `size` pixels (bilinear, antialiased), then the centre.
+
+    A file that cannot be read is black, and the log names it.
+    """
+    chosen = torch.as_tensor(indices, dtype=torch.int64)
+    if isinstance(images, ArrayImages):
+        batch = images.images[chosen.to(images.images.device)]
+        return centred(batch, size)
+    read = images.decode_many(chosen.tolist())
+    bad = [each for each in read if isinstance(each, BadImage)]
+    if bad:
+        logging.getLogger("moco").warning("%d of %d images are black: %s", len(bad), len(read), bad[0])
+    black = torch.zeros(images.channels, size, size, dtype=torch.uint8)
+    return torch.stack([black if isinstance(each, BadImage) else centred(each[None], size)[0] for each in read])

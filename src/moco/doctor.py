@@ -1,0 +1,201 @@
+"""The machine, and what a recipe would need of it, said plainly."""
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from moco.config import DataConfig, PretrainConfig, load_recipe
+from moco.data.datasets import cifar_folder
+from moco.data.folder import SUFFIXES
+from moco.variants import build_model
+
+# Training images of the sets that have a name; `digits` keeps the last fifth of each class for testing.
+NAMED = {"digits": 1442, "cifar10": 50_000, "cifar100": 50_000}
+# Numbers that an optimizer keeps per weight, besides the weight and its gradient.
+STATE = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}
+
+
+class Row(NamedTuple):
+    """One line of the examination."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+def examine(recipe: str | None = None) -> list[Row]:
+    """What this machine is, and, given a recipe, roughly what it would take.
+
+    Args:
+        recipe: a recipe's name or a path to a YAML file.
+
+    Raises:
+        ValueError: no such recipe.
+        FileNotFoundError: no such file.
+
+    Example:
+        >>> examine()[0].name
+        'system'
+    """
+    config = load_recipe(recipe) if recipe else None
+    return machine() + versions() + devices() + (needs(config) if config else [])
+
+
+def machine() -> list[Row]:
+    """Processor, memory and disk."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    flags = _cpu_flags()
+    if flags is None:
+        fast = Row("bf16 on CPU", "not told by this system")
+    elif "amx_bf16" in flags:
+        fast = Row("bf16 on CPU", "AMX", "amx_bf16: a matrix unit; bf16 pays")
+    elif "avx512_bf16" in flags:
+        fast = Row("bf16 on CPU", "AVX-512", "avx512_bf16: vectors only; bf16 may pay")
+    else:
+        fast = Row("bf16 on CPU", "no", "neither amx_bf16 nor avx512_bf16: bf16 would be emulated")
+    total, free = _memory()
+    disk = shutil.disk_usage(".").free
+    return [
+        Row("system", f"{platform.system()} {platform.machine()}", platform.release()),
+        Row("CPU cores", str(allowed), f"of {os.cpu_count()}; torch uses {torch.get_num_threads()} threads"),
+        Row("vector unit", torch.backends.cpu.get_cpu_capability(), "as torch sees it"),
+        fast,
+        Row("memory", _gib(total) if total else "not told by this system", f"{_gib(free)} free" if free else ""),
+        Row("disk", f"{_gib(disk)} free", "in the current folder" if disk > 2**31 else "little: a run may need 1 GiB"),
+    ]
+
+
+def versions() -> list[Row]:
+    """Python and what training is built on."""
+    rows = [Row("Python", platform.python_version())]
+    for name in ("moco-ssl", "torch", "torchvision", "timm", "lightning-fabric"):
+        try:
+            rows.append(Row(name, version(name)))
+        except PackageNotFoundError:
+            rows.append(Row(name, "not installed", "run from the source folder" if name == "moco-ssl" else "needed"))
+    return rows
+
+
+def devices() -> list[Row]:
+    """Accelerators, and the arithmetic that `--engine.precision auto` stands for on each kind."""
+    from moco.engine import choose_precision
+
+    rows = []
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found:
+        rows.append(Row("accelerator", found.type, f"{torch.accelerator.device_count()} of them"))
+    else:
+        rows.append(Row("accelerator", "none", "training runs on the CPU"))
+    for kind in ("cpu", *([found.type] if found else [])):
+        rows.append(Row("precision auto", str(choose_precision(kind)), f"on {kind}"))
+    return rows
+
+
+def needs(config: PretrainConfig) -> list[Row]:
+    """What a run would take: exact where it is arithmetic, an estimate where it says so."""
+    rows = [Row("recipe", config.recipe)]
+    count = num_images(config.data)
+    if count is None:
+        rows.append(Row("images", "not here", f"{config.data.source} is neither a known name nor a folder"))
+    else:
+        steps = count // config.batch_size
+        share = config.model.queue_size / count if count else 0.0
+        rows.append(Row("images", f"{count:,}", config.data.source))
+        rows.append(Row("steps", f"{steps * config.epochs:,}", f"{steps:,} a pass, {config.epochs} passes"))
+        if steps == 0:
+            rows[-1] = Row("steps", "0", f"fewer images than batch_size {config.batch_size}")
+        if config.model.queue_size:
+            note = "over 10 %: an image's own older keys are left out" if share > 0.1 else ""
+            rows.append(Row("queue", f"{share:.0%} of the images", note))
+    query, everything, activations = sizes(config)
+    held = 4 * (everything + query * (1 + STATE[config.optim.name]) + config.model.queue_size * config.model.dim)
+    views = 2 if config.model.symmetric or config.model.variant == "v3" else 1
+    worked = (2 if config.engine.precision == "bf16" else 4) * activations * views * config.batch_size
+    need = held + worked // config.optim.accumulate
+    _, free = _memory()
+    note = "estimate: weights, gradients, optimizer, queue, and activations of fp32"
+    if free and need > free and not torch.accelerator.is_available():
+        note = (
+            f"estimate; more than the {_gib(free)} that are free: try --optim.accumulate {2 * config.optim.accumulate}"
+        )
+    rows.append(Row("parameters", f"{query / 1e6:.1f} million", "query encoder with its head"))
+    rows.append(Row("memory needed", _gib(need), note))
+    return rows
+
+
+def num_images(data: DataConfig) -> int | None:
+    """Training images of a named set or of a folder; None where that is not known without a download.
+
+    Files are counted by their suffix, not opened.
+    """
+    if data.source in NAMED:
+        return NAMED[data.source]
+    folder = Path(data.source).expanduser()
+    if not folder.is_dir():
+        return None
+    if cifar_folder(folder):
+        return NAMED["cifar10"]  # CIFAR-100 has as many
+    if (folder / "train").is_dir():
+        folder = folder / "train"
+    return sum(name.rpartition(".")[2].lower() in SUFFIXES for _, _, names in os.walk(folder) for name in names)
+
+
+def sizes(config: PretrainConfig) -> tuple[int, int, int]:
+    """Counted on the meta device, which takes no memory and runs nothing.
+
+    Returns:
+        Parameters of the query encoder; of everything, key encoder and predictor included; and numbers that one view of
+        one image leaves behind for the backward pass.
+
+    Raises:
+        ValueError: unknown backbone, head or variant.
+    """
+    with torch.device("meta"):
+        model = build_model(config.model.model_copy(update={"pretrained": False}), channels=config.data.channels)
+    numbers = 0
+
+    def count(part: nn.Module, given: object, result: object) -> None:
+        nonlocal numbers
+        numbers += result.numel() if isinstance(result, torch.Tensor) else 0
+
+    backbone = model.query_encoder.get_submodule("backbone").eval()
+    for part in backbone.modules():
+        if not list(part.children()):
+            part.register_forward_hook(count)
+    backbone(torch.empty(1, config.data.channels, config.views.size, config.views.size, device="meta"))
+    query = sum(weight.numel() for weight in model.query_encoder.parameters())
+    return query, sum(weight.numel() for weight in model.parameters()), numbers
+
+
+def _cpu_flags() -> set[str] | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return None
+    return {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes in all and free, of the container if it allows less than the machine; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    table = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    total, free = table["MemTotal"], table.get("MemAvailable", 0)
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return total, free
+    return min(total, limit), min(free, max(limit - used, 0))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

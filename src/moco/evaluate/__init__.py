@@ -1,0 +1,91 @@
+"""How good is an encoder? One protocol a file, one contract: a run and its data -> named figures in percent."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from moco.checkpoint import load_encoder
+from moco.config import DataConfig
+from moco.data import Splits, load_data
+from moco.embed import Embeddings, embed
+from moco.encoder import ImageEncoder
+from moco.evaluate.knn import knn
+from moco.run import Run
+
+__all__ = ["EVALUATIONS", "evaluate", "knn"]
+
+
+def _knn(encoder: ImageEncoder, train: Embeddings, test: Embeddings, k: int, temperature: float) -> dict[str, float]:
+    return {f"knn_{name}": value for name, value in knn(train, test, k=k, temperature=temperature).items()}
+
+
+EVALUATIONS: dict[str, Callable[[ImageEncoder, Embeddings, Embeddings, int, float], dict[str, float]]] = {"knn": _knn}
+
+
+def evaluate(
+    run: str | Path,
+    protocol: str = "knn",
+    *,
+    data: str | None = None,
+    k: int | None = None,
+    temperature: float | None = None,
+) -> dict[str, float]:
+    """Accuracy of a run's encoder by a published protocol.
+
+    Args:
+        run: its folder.
+        protocol: a name in `EVALUATIONS`.
+        data: labelled images with a training and a test part; not given: those of the run. Without a test part, every
+            tenth training image is asked about and the others answer.
+        k: neighbours that vote; not given: the run's setting.
+        temperature: of the votes; not given: the run's setting.
+
+    Returns:
+        Figures in percent.
+
+    Raises:
+        ValueError: unknown protocol, or images without labels.
+    """
+    if protocol not in EVALUATIONS:
+        near = difflib.get_close_matches(protocol, EVALUATIONS, n=1)
+        raise ValueError(
+            f"unknown protocol {protocol!r}: expected one of {', '.join(EVALUATIONS)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    opened = Run.open(run)
+    encoder = load_encoder(opened.path)
+    config = opened.config.data if data is None else DataConfig(source=data, channels=opened.config.data.channels)
+    train, test = held_out(load_data(config))
+    monitor = opened.config.monitor
+    return EVALUATIONS[protocol](
+        encoder,
+        embed(encoder, train),
+        embed(encoder, test),
+        monitor.knn_k if k is None else k,
+        monitor.knn_temperature if temperature is None else temperature,
+    )
+
+
+def held_out(splits: Splits, *, use_test: bool = True) -> Splits:
+    """Images that answer and images that are asked about.
+
+    Args:
+        splits: of a data set.
+        use_test: ask about the test part where there is one; else about every tenth training image.
+
+    Raises:
+        ValueError: there are no labels, or too few images to hold any out.
+    """
+    train, test = splits
+    if train.labels is None:
+        raise ValueError(
+            "these images have no labels, which kNN needs; give class subfolders or a labelled set with --data, "
+            "or look at loss, spread and neighbours instead"
+        )
+    if use_test and test is not None:
+        return splits
+    if len(train) < 20:
+        raise ValueError(f"{len(train)} labelled images are too few to hold some out; expected at least 20")
+    asked = list(range(0, len(train), 10))
+    answering = [index for index in range(len(train)) if index % 10]
+    return Splits(train.select(answering), train.select(asked))

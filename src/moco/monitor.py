@@ -1,0 +1,291 @@
+"""What is watched while training: kNN by the same code as `moco evaluate`, the numbers of the step, the curves."""
+
+import importlib.metadata
+import io
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco import dist
+from moco.config import PretrainConfig
+from moco.data import Images, Splits
+from moco.embed import features, pixels
+from moco.encoder import ImageEncoder
+from moco.evaluate import held_out
+from moco.evaluate.knn import few_label_accuracy, knn_accuracy
+from moco.figures import curves
+from moco.model import MoCo, Output
+from moco.run import Run, write_atomically
+from moco.variants import choose_batchnorm, loss_range
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "lr",
+    "key_momentum",
+    "positive",
+    "negative",
+    "pretext_accuracy",
+    "queue_fill",
+    "spread",
+    "knn_top1",
+    "knn_projection_top1",
+    "images_per_second",
+    "data_wait",
+    "train_seconds",
+    "cpu_seconds",
+)
+TIMES = ("images_per_second", "data_wait", "train_seconds", "cpu_seconds")
+"""Columns that differ from run to run; all others are equal to the last bit."""
+MAX_BANK, MAX_QUERIES = 50_000, 5_000
+"""Images that vote and that are asked about while training; evenly spaced ones of a larger set."""
+MAX_CLASSES_FEW = 100
+"""Few-label accuracy is taken for at most so many classes."""
+
+
+class Meter:
+    """Means of a step's numbers since they were last read; they stay on the device until then."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def add(self, out: Output, spread: Tensor) -> None:
+        self.sums += torch.stack([out.loss.detach(), out.positive, out.negative, out.accuracy, spread])
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        """The means over all ranks; the only place where the host waits for the device."""
+        mean = dist.all_reduce_sum(self.sums) / (self.count * dist.world_size())
+        loss, positive, negative, accuracy, spread = mean.tolist()
+        self.sums.zero_()
+        self.count = 0
+        return {
+            "loss": loss,
+            "positive": positive,
+            "negative": negative,
+            "pretext_accuracy": 100 * accuracy,
+            "spread": spread,
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self.sums, "count": self.count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.sums.copy_(state["sums"])
+        self.count = state["count"]
+
+
+class Clock:
+    """Wall-clock and processor seconds of training alone, over all parts of a resumed run."""
+
+    def __init__(self) -> None:
+        self._wall = self._cpu = 0.0
+        self._started = self._marked = time.perf_counter()
+        self._started_cpu = time.process_time()
+        self._step: int | None = None
+
+    def start(self) -> None:
+        """Counts from now on; what lies before was something else."""
+        self._started = self._marked = time.perf_counter()
+        self._started_cpu = time.process_time()
+
+    def read(self, step: int, batch_size: int, waited: float) -> dict[str, float]:
+        """Times so far, and the speed since they were last read."""
+        since, before = time.perf_counter() - self._marked, self._step
+        self._marked, self._step = time.perf_counter(), step
+        speed = {} if before is None else {"images_per_second": (step - before) * batch_size / since}
+        return self.state() | speed | {"data_wait": 100 * min(1.0, waited / since)}
+
+    def state(self) -> dict[str, float]:
+        self._wall += time.perf_counter() - self._started
+        self._cpu += time.process_time() - self._started_cpu
+        self._started, self._started_cpu = time.perf_counter(), time.process_time()
+        return {"train_seconds": self._wall, "cpu_seconds": self._cpu}
+
+    def restore(self, state: dict[str, float]) -> None:
+        self._wall, self._cpu = state["train_seconds"], state["cpu_seconds"]
+
+
+def spread(keys: Tensor) -> Tensor:
+    """Standard deviation of unit vectors per dimension, times sqrt(d): 1 if evenly spread on the sphere, 0 if collapsed."""
+    return keys.std(dim=0).mean() * math.sqrt(keys.shape[1])
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """kNN of an encoder in training.
+
+    Args:
+        config: of the run.
+        watched: images that vote and images that are asked about; None without labels.
+        final: the same for the last table: the test images where there are any.
+        encoder: shares its backbone with the model that is trained.
+        projector: likewise.
+    """
+
+    config: PretrainConfig
+    watched: Splits | None
+    final: Splits | None
+    encoder: ImageEncoder
+    projector: nn.Module
+
+    def knn(self) -> dict[str, float]:
+        """kNN top-1 in percent, of features and of projections."""
+        if self.watched is None:
+            return {}
+        bank, queries = (self._features(images) for images in self.watched)
+        return {
+            "knn_top1": self._accuracy(bank, queries, self.watched),
+            "knn_projection_top1": self._accuracy(self._project(bank), self._project(queries), self.watched),
+        }
+
+    def measure(self) -> dict[str, float]:
+        """Accuracies of the encoder on the images of the final table."""
+        if self.final is None:
+            return {}
+        return self._table_row(*(self._features(images) for images in self.final), self.final)
+
+    def measure_pixels(self) -> dict[str, float]:
+        """The same for raw pixels, plain or with the training mean subtracted: the better of both, each time."""
+        if self.final is None:
+            return {}
+        size = min(self.encoder.input_size, 32)
+        bank, queries = (pixels(images, size=size) for images in self.final)
+        plain = self._table_row(bank, queries, self.final)
+        centre = bank.mean(dim=0)
+        moved = self._table_row(bank - centre, queries - centre, self.final)
+        return {name: max(plain[name], moved[name]) for name in plain}
+
+    def _features(self, images: Images) -> Tensor:
+        return features(self.encoder, images, precision=self.config.engine.precision)
+
+    @torch.inference_mode()
+    def _project(self, vectors: Tensor) -> Tensor:
+        parameter = next(self.projector.parameters())
+        was_training = self.projector.training
+        self.projector.eval()
+        projected = [self.projector(part.to(parameter)).float().cpu() for part in vectors.split(4096)]
+        self.projector.train(was_training)
+        return torch.cat(projected)
+
+    def _accuracy(self, bank: Tensor, queries: Tensor, splits: Splits) -> float:
+        train, test = splits
+        assert train.labels is not None and test is not None and test.labels is not None
+        watch = self.config.monitor
+        return knn_accuracy(
+            bank, train.labels, queries, test.labels, k=watch.knn_k, temperature=watch.knn_temperature
+        )["top1"]
+
+    def _table_row(self, bank: Tensor, queries: Tensor, splits: Splits) -> dict[str, float]:
+        train, test = splits
+        assert train.labels is not None and test is not None and test.labels is not None
+        row = {"knn_top1": self._accuracy(bank, queries, splits)}
+        counts = torch.bincount(train.labels)
+        smallest = int(counts[counts > 0].min())
+        if len(counts) <= MAX_CLASSES_FEW:
+            for name, number in (("one_label", 1), ("five_labels", 5)):
+                if number <= smallest:
+                    row[name] = few_label_accuracy(
+                        bank, train.labels, queries, test.labels, labels_per_class=number
+                    )
+        return row
+
+
+def build_monitor(config: PretrainConfig, splits: Splits, encoder: ImageEncoder, projector: nn.Module) -> Monitor:
+    """A monitor for these images; without labels one that has nothing to say."""
+    if splits.train.labels is None or len(splits.train) < 20:
+        return Monitor(config, None, None, encoder, projector)
+    final = held_out(splits)
+    watched = held_out(splits, use_test=config.monitor.split == "test")
+    assert watched.test is not None
+    # The published protocol asks about all test images; the choice of `best` can do with fewer.
+    asked = watched.test if config.monitor.split == "test" else _evenly(watched.test, MAX_QUERIES)
+    return Monitor(config, Splits(_evenly(watched.train, MAX_BANK), asked), final, encoder, projector)
+
+
+def _evenly(images: Images, most: int) -> Images:
+    if len(images) <= most:
+        return images
+    return images.select(torch.linspace(0, len(images) - 1, most).long())
+
+
+def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float, mask_own: bool) -> list[str]:
+    """What is said before training starts: everything that people otherwise guess wrong."""
+    settings, norm = config.model, choose_batchnorm(config.model)
+    chance, floor = loss_range(settings, config.batch_size)
+    parameters = sum(p.numel() for p in model.query_encoder.parameters())
+    state = 2 if config.optim.name in ("adam", "adamw") else 1
+    held = 4 * parameters * (3 + state) + 4 * settings.queue_size * settings.dim
+    rule = f"{config.optim.base_lr:g} x {config.batch_size} / 256" if config.optim.lr_scaling == "linear" else "not scaled"
+    meaning = {
+        "split": f"split: statistics over {settings.bn_splits} groups of each batch, so that none gives a key away",
+        "shuffle": "shuffled across devices before the key encoder",
+        "sync": "synchronised over all devices",
+        "plain": "plain: over the whole batch",
+    }[norm]
+    lines = [
+        f"images: {num_images:,}; steps per epoch: {num_images // config.batch_size:,}; epochs: {config.epochs}",
+        f"encoder: {settings.backbone}, {parameters / 1e6:.1f} million parameters with its head; weights, key encoder, "
+        f"gradients, optimizer and queue take {held / 2**20:,.0f} MiB, activations come on top",
+        f"learning rate: {lr:g} ({rule}), {config.optim.schedule}",
+        f"batch norm: {meaning}",
+        f"loss: {chance:.2f} is chance, {floor:.2f} the floor if negatives were orthogonal; it rises while the queue fills",
+    ]
+    if settings.queue_size:
+        share = f"queue: {settings.queue_size:,} keys, {settings.queue_size / num_images:.0%} of the images"
+        lines.append(share + ("; an image's own older keys are left out of its negatives" if mask_own else ""))
+    return lines
+
+
+def cautions(config: PretrainConfig, num_images: int, *, mask_own: bool) -> list[str]:
+    """Settings that are legal but known to go wrong."""
+    settings, found = config.model, []
+    if settings.queue_size and choose_batchnorm(settings) == "plain":
+        found.append(
+            "plain batch norm with a queue: the statistics of a batch tell which key belongs to a query, and training "
+            "can stop learning; --model.batchnorm auto avoids it"
+        )
+    if settings.queue_size > 0.1 * num_images and not mask_own:
+        found.append(
+            f"the queue holds {settings.queue_size / num_images:.0%} of the images, so images meet themselves among their "
+            "negatives; lower --model.queue_size or leave --model.mask_own unset"
+        )
+    return found
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine, as environment.json has them."""
+    names = ("moco-ssl", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "command": sys.argv,
+        "versions": versions,
+    }
+
+
+def draw_curves(run: Run) -> None:
+    """Writes curves.png from metrics.csv."""
+    chance, floor = loss_range(run.config.model, run.config.batch_size)
+    levels = {who: row["knn_top1"] for who, row in run.results.items() if who != "trained encoder" and "knn_top1" in row}
+    figure = curves(run.metrics, chance=chance, floor=floor, baselines=levels)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(run.path / "curves.png", lambda file: file.write(buffer.getvalue()))

@@ -1,0 +1,199 @@
+"""The run folder: what is in it, how it is named, read, and written so that nothing is ever lost.
+
+    config.yaml           every setting in force
+    environment.json      versions and machine
+    metrics.csv           one row every few steps
+    results.json          raw pixels, untrained and trained encoder, side by side
+    curves.png            the metrics, drawn
+    checkpoints/last.ckpt everything that training goes on from; best.ckpt: where held-out kNN was best
+    encoder.safetensors   the trained backbone, and config.json: how to build and feed it
+    log.txt               what was said
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moco.config import PretrainConfig, load_recipe, to_yaml
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Either the whole new file is there afterwards, or the old one untouched; also after a crash or on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename itself durable; not every file system can, and the file is whole either way."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run on disk.
+
+    Attributes:
+        path: the folder.
+        config: the settings in force.
+    """
+
+    path: Path
+    config: PretrainConfig
+
+    @staticmethod
+    def create(path: Path, config: PretrainConfig) -> "Run":
+        """A new, empty run.
+
+        Raises:
+            FileExistsError: there is something there already.
+        """
+        Run.refuse_taken(path)
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        run = Run(path, config)
+        run.write_text("config.yaml", to_yaml(config))
+        return run
+
+    @staticmethod
+    def refuse_taken(path: Path) -> None:
+        """Raises the error of `create`, before anything is computed."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(
+                f"{path} exists already; continue that run with `moco pretrain --resume {path}`, or give another --out"
+            )
+
+    @staticmethod
+    def open(path: str | Path) -> "Run":
+        """An existing run.
+
+        Raises:
+            FileNotFoundError: there is no run there.
+        """
+        path = Path(path)
+        if not (path / "config.yaml").is_file():
+            raise FileNotFoundError(f"{path} is no run: it holds no config.yaml; expected a folder that pretrain made")
+        return Run(path, load_recipe(str(path / "config.yaml")))
+
+    @property
+    def last(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "checkpoints" / "best.ckpt"
+
+    @property
+    def results(self) -> dict[str, dict[str, float]]:
+        """Accuracies in percent, of raw pixels and of the untrained and the trained encoder, as far as known."""
+        path = self.path / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv; a value that was not taken at a step is absent."""
+        path = self.path / "metrics.csv"
+        if not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+    def write_text(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, lambda file: file.write(text.encode()))
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """What the library says goes into log.txt, too."""
+        logger, handler = logging.getLogger("moco"), logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        level = logger.level
+        logger.addHandler(handler)
+        if logger.getEffectiveLevel() > logging.INFO:
+            logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class MetricsWriter:
+    """Appends rows to metrics.csv; a row is in the file as soon as it is written.
+
+    Args:
+        path: the file; made with its header if it is not there.
+        columns: names, the first of which is `step`.
+        keep_until: rows of later steps are cut: a resumed run writes them again.
+        active: false on all ranks but the first, which then write nothing.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], *, keep_until: int, active: bool = True):
+        self._file = None
+        if not active:
+            return
+        rows: list[dict[str, str]] = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                # A row that a crash cut short has no value in its last columns, or none that reads as a number.
+                rows = [row for row in csv.DictReader(file) if _is_whole(row) and int(row["step"]) <= keep_until]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
+
+    def write(self, row: dict[str, float]) -> None:
+        if self._file:
+            self._writer.writerow(row)
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Before a checkpoint that counts on these rows."""
+        if self._file:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    return None not in row.values() and (row.get("step") or "").isdigit()

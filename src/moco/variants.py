@@ -1,0 +1,145 @@
+"""From a model's settings to MoCo v1, v2 or v3: which head, batch norm and loss make which."""
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+
+from moco import batchnorm, dist
+from moco.config import ModelConfig
+from moco.encoder import Encoder, build_backbone, linear_head, mlp_bn_head, mlp_head, num_features, v3_mlp
+from moco.model import BatchMoCo, KeyQueue, MoCo, QueueMoCo
+
+
+def create_model(
+    variant: str = "v2",
+    *,
+    backbone: str | nn.Module = "resnet50",
+    dim: int | None = None,
+    queue_size: int | None = None,
+    temperature: float | None = None,
+    symmetric: bool | None = None,
+    stem: str | None = None,
+    head: str | None = None,
+    hidden_dim: int | None = None,
+    batchnorm: str | None = None,
+    bn_splits: int | None = None,
+    pretrained: bool | None = None,
+    channels: int = 3,
+) -> MoCo:
+    """A model to train: `out = model(view1, view2)`, then `model.update(out.keys, momentum=...)`.
+
+    Whatever is not given takes the paper's value for ImageNet.
+
+    Args:
+        variant: `v1`, `v2`, `v3`, or a name in `VARIANTS`.
+        backbone: a timm or torchvision name, or a module images -> features that has `num_features`.
+        dim: length of a projection.
+        queue_size: keys kept as negatives; v3 has none.
+        temperature: divides the similarities.
+        symmetric: add the loss with the views exchanged.
+        stem: `imagenet`, or `small` for images under 64 pixels.
+        head: projector: `variant`, `linear`, `mlp` or `mlp_bn`.
+        hidden_dim: width of the heads' hidden layers.
+        batchnorm: `auto`, `split`, `shuffle`, `sync` or `plain`.
+        bn_splits: groups per device of `split`.
+        pretrained: start from timm's published weights.
+        channels: of the images.
+
+    Example:
+        >>> import moco, torch
+        >>> model = moco.create_model("v2", backbone="resnet18", queue_size=1024)
+        >>> out = model(torch.rand(16, 3, 64, 64), torch.rand(16, 3, 64, 64))
+        >>> out.keys.shape
+        torch.Size([16, 128])
+    """
+    given = {
+        "dim": dim,
+        "queue_size": queue_size,
+        "temperature": temperature,
+        "symmetric": symmetric,
+        "stem": stem,
+        "head": head,
+        "hidden_dim": hidden_dim,
+        "batchnorm": batchnorm,
+        "bn_splits": bn_splits,
+        "pretrained": pretrained,
+    }
+    defaults = {"dim": 256, "queue_size": 0, "temperature": 1.0} if variant == "v3" else {}
+    chosen = defaults | {name: value for name, value in given.items() if value is not None}
+    if isinstance(backbone, str):
+        chosen["backbone"] = backbone
+    config = ModelConfig.model_validate({"variant": variant} | chosen)
+    return build_model(config, backbone=backbone if isinstance(backbone, nn.Module) else None, channels=channels)
+
+
+def build_model(config: ModelConfig, *, backbone: nn.Module | None = None, channels: int = 3) -> MoCo:
+    """The model that the settings describe; `backbone` stands in for `config.backbone`."""
+    if config.variant not in VARIANTS:
+        raise ValueError(f"unknown variant {config.variant!r}: expected one of {', '.join(VARIANTS)}")
+    if backbone is None:
+        backbone = build_backbone(
+            config.backbone,
+            stem=config.stem,
+            channels=channels,
+            pretrained=config.pretrained,
+            zero_init_last=config.variant == "v3",
+        )
+    return VARIANTS[config.variant](config, backbone)
+
+
+def choose_batchnorm(config: ModelConfig) -> str:
+    """`auto`, resolved: statistics over all devices for v3, exchanged images on several devices, groups on one."""
+    if config.batchnorm != "auto":
+        return config.batchnorm
+    if config.variant == "v3":
+        return "sync"
+    return "shuffle" if dist.world_size() > 1 else "split"
+
+
+def loss_range(config: ModelConfig, batch_size: int) -> tuple[float, float]:
+    """The loss of an encoder that knows nothing, and of one whose positives are equal and negatives orthogonal."""
+    temperature = config.temperature
+    negatives = config.queue_size or batch_size - 1
+    chance, floor = math.log(1 + negatives), math.log1p(negatives * math.exp(-1 / temperature))
+    factor = 4 * temperature if config.variant == "v3" else 2 if config.symmetric else 1
+    return factor * chance, factor * floor
+
+
+def _queue_variant(config: ModelConfig, backbone: nn.Module, head: str) -> QueueMoCo:
+    features, kind = num_features(backbone), choose_batchnorm(config)
+    head = head if config.head == "variant" else config.head
+    if head == "linear":
+        projector = linear_head(features, config.dim)
+    elif head == "mlp":
+        projector = mlp_head(features, config.dim, config.hidden_dim or features)
+    else:
+        projector = mlp_bn_head(features, config.dim, config.hidden_dim or 512)
+    splits = config.bn_splits if kind == "split" else 0
+    encoder = Encoder(backbone, projector, num_splits=splits)
+    batchnorm.convert(encoder, kind, num_splits=splits, grouped=True)
+    return QueueMoCo(
+        encoder,
+        KeyQueue(config.queue_size, config.dim),
+        temperature=config.temperature,
+        symmetric=config.symmetric,
+        shuffle={"split": "device", "shuffle": "ranks"}.get(kind),
+    )
+
+
+def _v3(config: ModelConfig, backbone: nn.Module) -> BatchMoCo:
+    is_resnet, hidden, kind = hasattr(backbone, "layer4"), config.hidden_dim or 4096, choose_batchnorm(config)
+    projector = v3_mlp(num_features(backbone), config.dim, hidden, num_layers=2 if is_resnet else 3)
+    predictor = v3_mlp(config.dim, config.dim, hidden, num_layers=2, last_norm=not is_resnet)
+    splits = config.bn_splits if kind == "split" else 0
+    encoder = Encoder(backbone, projector, num_splits=splits)
+    batchnorm.convert(encoder, kind, num_splits=splits, grouped=True)
+    batchnorm.convert(predictor, kind, num_splits=splits)
+    return BatchMoCo(encoder, predictor, temperature=config.temperature)
+
+
+VARIANTS: dict[str, Callable[[ModelConfig, nn.Module], MoCo]] = {
+    "v1": lambda config, backbone: _queue_variant(config, backbone, "linear"),
+    "v2": lambda config, backbone: _queue_variant(config, backbone, "mlp"),
+    "v3": _v3,
+}

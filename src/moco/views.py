@@ -1,0 +1,268 @@
+"""Two random views of a whole batch at once, on the device.
+
+Every random number is a hash of (seed, epoch, image id, view, draw): an image's views do not depend on what else is in
+the batch, what ran before, or the device. That is what makes a resumed run see the same views.
+
+Operations follow torchvision's functional forms, on floats in [0, 1]. The recipes are those of MoCo v1, v2, v3 and of
+the official CIFAR notebook, in their order of operations.
+"""
+
+import difflib
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64, UInt8
+from torch import Tensor
+
+from moco.config import ViewsConfig
+from moco.transforms import crop_resize_flip, gaussian_blur, jitter_colour, normalise, to_grey
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+Batch = Float[Tensor, "n c h w"]
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One view: what is done, how often, how strongly."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area that the crop keeps."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strength of brightness, contrast, saturation and hue, applied in random order."""
+    jitter_p: float = 0.8
+    grey_p: float = 0.2
+    grey_first: bool = False
+    """Grey before the jitter (v1) instead of after it."""
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Pixels."""
+    solarize_p: float = 0.0
+    mean: tuple[float, float, float] = IMAGENET[0]
+    std: tuple[float, float, float] = IMAGENET[1]
+
+
+_V2 = ViewSpec(blur_p=0.5)
+_V3 = ViewSpec(jitter=(0.4, 0.4, 0.2, 0.1), blur_p=1.0)
+_CIFAR = ViewSpec(crop_scale=(0.08, 1.0), mean=CIFAR10[0], std=CIFAR10[1])
+_DIGITS = ViewSpec(crop_scale=(0.4, 1.0), flip=0.0, jitter=(0.4, 0.4, 0, 0), grey_p=0.0, mean=HALF[0], std=HALF[1])
+
+VIEWS: dict[str, Callable[[], tuple[ViewSpec, ViewSpec]]] = {
+    "v1": lambda: (replace(_V2, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grey_first=True, blur_p=0.0),) * 2,
+    "v2": lambda: (_V2, _V2),
+    "v3": lambda: (_V3, replace(_V3, blur_p=0.1, solarize_p=0.2)),
+    "cifar": lambda: (_CIFAR, _CIFAR),
+    "digits": lambda: (_DIGITS, _DIGITS),
+}
+
+
+
+def view_specs(config: ViewsConfig) -> tuple[ViewSpec, ViewSpec]:
+    """The two views of a recipe by name, or of a function of yours that returns them (`package.module:function`).
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if config.recipe in VIEWS:
+        specs = VIEWS[config.recipe]()
+    elif ":" in config.recipe:
+        module, _, function = config.recipe.partition(":")
+        specs = getattr(importlib.import_module(module), function)()
+    else:
+        near = difflib.get_close_matches(config.recipe, VIEWS, n=1)
+        raise ValueError(
+            f"unknown views.recipe {config.recipe!r}: expected one of {', '.join(VIEWS)}, or package.module:function"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    if config.crop_min is not None:
+        first, second = (replace(spec, crop_scale=(config.crop_min, spec.crop_scale[1])) for spec in specs)
+        specs = first, second
+    return specs
+
+
+# Numbers of the draws. A crop takes up to ten tries, as torchvision's does; an operation keeps its number for good.
+_TRIES = 10
+_AREA, _RATIO = range(0, _TRIES), range(_TRIES, 2 * _TRIES)
+_TOP, _LEFT, _FLIP, _JITTER, _GREY, _BLUR, _SIGMA, _SOLARIZE = range(20, 28)
+_STRENGTH, _ORDER = range(28, 32), range(32, 36)
+_DRAWS = 36
+
+
+class Parameters(NamedTuple):
+    """What happens to each of n images; on the CPU."""
+
+    top: Int64[Tensor, " n"]
+    left: Int64[Tensor, " n"]
+    height: Int64[Tensor, " n"]
+    width: Int64[Tensor, " n"]
+    flip: Tensor
+    jitter: Tensor  # bool: whether jittered at all
+    strength: Float64[Tensor, "n 4"]  # brightness, contrast and saturation factor, hue shift in turns
+    order: Int64[Tensor, "n 4"]  # operation at each position: 0 brightness, 1 contrast, 2 saturation, 3 hue
+    grey: Tensor
+    sigma: Float64[Tensor, " n"]  # pixels; 0: not blurred
+    solarize: Tensor
+
+
+def _mix(x: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64, whose products wrap."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def draws(ids: Int64[Tensor, " n"], *, seed: int, epoch: int, view: int) -> Float64[Tensor, "n d"]:
+    """Uniform numbers in [0, 1), one row per image."""
+    step = -0x61C8864680B583EB  # the golden ratio's odd 64-bit constant
+    state = torch.zeros_like(ids)
+    for word in (seed, epoch, view, ids):
+        state = _mix(state + word + step)
+    numbers = torch.arange(1, _DRAWS + 1) * step
+    return ((_mix(state[:, None] + numbers) >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
+
+
+def crop_box(
+    u: Float64[Tensor, "n d"], spec: ViewSpec, height: int, width: int
+) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"], Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+    """Top, left, height, width by the rule of torchvision's RandomResizedCrop: ten tries, then a centred crop."""
+    (low, high), (narrow, broad) = spec.crop_scale, map(math.log, spec.crop_ratio)
+    area = height * width * (low + (high - low) * u[:, _AREA.start : _AREA.stop])
+    ratio = torch.exp(narrow + (broad - narrow) * u[:, _RATIO.start : _RATIO.stop])
+    w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
+    top = (u[:, _TOP] * (height - h + 1)).floor().long()
+    left = (u[:, _LEFT] * (width - w + 1)).floor().long()
+    whole_w = min(width, round(height * spec.crop_ratio[1]))
+    whole_h = min(height, round(width / spec.crop_ratio[0]))
+    none = ~fits.any(dim=1)
+    for value, fallback in (
+        (w, whole_w),
+        (h, whole_h),
+        (top, (height - whole_h) // 2),
+        (left, (width - whole_w) // 2),
+    ):
+        value.masked_fill_(none, fallback)
+    return top, left, h, w
+
+
+def parameters(u: Float64[Tensor, "n d"], spec: ViewSpec, height: int, width: int) -> Parameters:
+    """From uniform numbers to what is done to each image."""
+    strengths = torch.tensor(spec.jitter, dtype=torch.float64)
+    strength = 1 + strengths * (2 * u[:, _STRENGTH.start : _STRENGTH.stop] - 1)
+    strength[:, 3] -= 1
+    low, high = spec.blur_sigma
+    sigma = (low + (high - low) * u[:, _SIGMA]).masked_fill(u[:, _BLUR] >= spec.blur_p, 0)
+    return Parameters(
+        *crop_box(u, spec, height, width),
+        flip=u[:, _FLIP] < spec.flip,
+        jitter=u[:, _JITTER] < spec.jitter_p,
+        strength=strength,
+        order=u[:, _ORDER.start : _ORDER.stop].argsort(dim=1),
+        grey=u[:, _GREY] < spec.grey_p,
+        sigma=sigma,
+        solarize=u[:, _SOLARIZE] < spec.solarize_p,
+    )
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """uint8 images -> two normalised views of each.
+
+    Args:
+        specs: what is done for the first and for the second view.
+        size: side of a view in pixels.
+        seed: every random number follows from it, the epoch and the image's id.
+    """
+
+    specs: tuple[ViewSpec, ViewSpec]
+    size: int
+    seed: int = 0
+
+    def __call__(
+        self, images: UInt8[Tensor, "n c h w"], ids: Int64[Tensor, " n"], *, epoch: int
+    ) -> tuple[Float[Tensor, "n c s s"], Float[Tensor, "n c s s"]]:
+        """Two views of every image.
+
+        Args:
+            images: on the device that the work is to be done on.
+            ids: number of each image within the dataset, on the CPU.
+            epoch: another epoch gives other views.
+        """
+        wide = images.float() / 255
+        first, second = (self._view(wide, ids, epoch, number) for number in (0, 1))
+        return first, second
+
+    def crop(self, image: UInt8[Tensor, "c h w"], image_id: int, epoch: int) -> UInt8[Tensor, "2 c s s"]:
+        """Only the two crops of one image, for a reading process; `finish` does the rest in batch."""
+        from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
+
+        views = []
+        for number, spec in enumerate(self.specs):
+            u = draws(torch.tensor([image_id]), seed=self.seed, epoch=epoch, view=number)
+            top, left, height, width = (int(side) for side in crop_box(u, spec, *image.shape[1:]))
+            size = [self.size, self.size]
+            views.append(resized_crop(image, top, left, height, width, size, InterpolationMode.BILINEAR, antialias=True))
+        return torch.stack(views)
+
+    def finish(
+        self, crops: UInt8[Tensor, "n 2 c s s"], ids: Int64[Tensor, " n"], *, epoch: int
+    ) -> tuple[Float[Tensor, "n c s s"], Float[Tensor, "n c s s"]]:
+        """Everything but the crop, on what `crop` gave."""
+        wide = crops.float() / 255
+        first, second = (self._view(wide[:, number], ids, epoch, number, cropped=True) for number in (0, 1))
+        return first, second
+
+    def _view(self, images: Batch, ids: Tensor, epoch: int, number: int, *, cropped: bool = False) -> Batch:
+        spec = self.specs[number]
+        p = parameters(draws(ids, seed=self.seed, epoch=epoch, view=number), spec, *images.shape[2:])
+
+        def there(x: Tensor) -> Tensor:
+            return (x.float() if x.is_floating_point() else x).to(images.device, non_blocking=True)
+
+        if cropped:
+            images = torch.where(there(p.flip)[:, None, None, None], images.flip(3), images)
+        else:
+            box = torch.stack([p.top, p.left, p.height, p.width], dim=1).double()
+            images = crop_resize_flip(images, there(box), there(p.flip), self.size)
+        if spec.grey_first:
+            images = self._only(p.grey, images, _grey_again)
+        if images.shape[1] in (1, 3) and spec.jitter_p > 0:
+            images = self._only(
+                p.jitter,
+                images,
+                lambda part, which: jitter_colour(
+                    part, there(p.strength[which]), there(p.order[which]), on_host=p.order[which]
+                ),
+            )
+        if not spec.grey_first:
+            images = self._only(p.grey, images, _grey_again)
+        images = self._only(p.sigma > 0, images, lambda part, which: gaussian_blur(part, there(p.sigma[which])))
+        images = self._only(p.solarize, images, lambda part, _: torch.where(part >= 128 / 255, 1 - part, part))
+        return normalise(images, spec.mean, spec.std)
+
+    @staticmethod
+    def _only(chosen: Tensor, images: Batch, operation: Callable[[Batch, Tensor], Batch]) -> Batch:
+        """Applies an operation to the chosen images; which they are is known on the host, so nothing waits."""
+        which = chosen.nonzero()[:, 0]
+        if len(which) == 0:
+            return images
+        if len(which) == len(images):
+            return operation(images, which)
+        there = which.to(images.device, non_blocking=True)
+        return images.index_copy(0, there, operation(images[there], which))
+
+
+def _grey_again(part: Batch, which: Tensor) -> Batch:
+    return to_grey(part).expand_as(part) if part.shape[1] == 3 else part

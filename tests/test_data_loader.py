@@ -1,0 +1,222 @@
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+from moco.config import DataConfig
+from moco.data import ArrayImages, FileImages, Loader, epoch_order, load_data, resized
+
+CPU = torch.device("cpu")
+
+
+def arrays(num_images: int) -> ArrayImages:
+    images = torch.arange(num_images, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
+    return ArrayImages(images, labels=None, classes=None, paths=tuple(map(str, range(num_images))))
+
+
+def files(folder: Path, num_images: int, broken: tuple[int, ...] = ()) -> FileImages:
+    """Image i is grey of level i; a broken one is cut off after its header."""
+    folder.mkdir(exist_ok=True)
+    for i in range(num_images):
+        path = folder / f"{i:03}.png"
+        Image.new("RGB", (70 + i, 80), (i, i, i)).save(path)
+        if i in broken:
+            path.write_bytes(path.read_bytes()[:60])
+    train = load_data(DataConfig(source=str(folder), max_bad=1.0)).train
+    assert isinstance(train, FileImages) and len(train) == num_images
+    return train
+
+
+def crop(image: torch.Tensor, id: int, epoch: int) -> torch.Tensor:
+    """Both views hold the image's level; the second is marked with id + epoch, and uses no thread but its own."""
+    first = image[:, :5, :5].clone()
+    return torch.stack([first, torch.full_like(first, (id + epoch) % 256)])
+
+
+def loader(images, **settings) -> Loader:
+    defaults: dict[str, Any] = {"batch_size": 4, "seed": 0, "device": CPU, "workers": 0, "crop": crop}
+    return Loader(images, **defaults | settings)
+
+
+def test_the_order_is_a_permutation_fixed_by_seed_and_epoch_alone():
+    first = epoch_order(100, seed=3, epoch=7)
+    torch.rand(5)
+    assert torch.equal(first, epoch_order(100, seed=3, epoch=7))
+    assert first.sort().values.tolist() == list(range(100))
+    others = [epoch_order(100, seed=seed, epoch=epoch) for seed, epoch in ((3, 8), (4, 7), (7, 3), (8, 3))]
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_the_order_of_today_is_the_order_of_every_day():
+    assert epoch_order(8, seed=0, epoch=0).tolist() == [6, 5, 2, 3, 0, 4, 1, 7]
+    assert epoch_order(8, seed=0, epoch=1).tolist() == [1, 6, 5, 2, 7, 4, 3, 0]
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_an_epoch_meets_every_image_once_in_the_order_and_drops_the_rest(kind, tmp_path):
+    images = arrays(11) if kind == "memory" else files(tmp_path, 11)
+    deal = loader(images)
+    batches = list(deal.epoch(2))
+    assert deal.steps_per_epoch == len(batches) == 2
+    ids = torch.cat([ids for _, ids in batches])
+    assert ids.tolist() == epoch_order(11, seed=0, epoch=2)[:8].tolist()
+    pixels = torch.cat([batch for batch, _ in batches])
+    assert pixels.dtype == torch.uint8
+    if kind == "memory":
+        assert pixels.shape == (8, 3, 4, 4) and torch.equal(pixels[:, 0, 0, 0].long(), ids)
+    else:
+        assert pixels.shape == (8, 2, 3, 5, 5) and torch.equal(pixels[:, 0, 0, 0, 0].long(), ids)
+        assert torch.equal(pixels[:, 1, 2, 4, 4].long(), ids + 2)
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_ranks_interleave_the_global_batch(kind, tmp_path):
+    images = arrays(12) if kind == "memory" else files(tmp_path, 12)
+    whole = list(loader(images, batch_size=6).epoch(0))
+    parts = [list(loader(images, batch_size=6, rank=rank, world_size=3).epoch(0)) for rank in range(3)]
+    for step, (batch, ids) in enumerate(whole):
+        for rank in range(3):
+            assert torch.equal(parts[rank][step][1], ids[rank::3])
+            assert torch.equal(parts[rank][step][0], batch[rank::3])
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_an_epoch_starts_exactly_at_a_step_and_reads_nothing_before_it(kind, tmp_path):
+    images = arrays(12) if kind == "memory" else files(tmp_path, 12)
+    seen = []
+
+    def watched(image, id, epoch):
+        seen.append(id)
+        return crop(image, id, epoch)
+
+    whole = list(loader(images, batch_size=3).epoch(1))
+    rest = list(loader(images, batch_size=3, crop=watched).epoch(1, start=2))
+    assert len(rest) == 2
+    for (batch, ids), (again, ids_again) in zip(whole[2:], rest, strict=True):
+        assert torch.equal(batch, again) and torch.equal(ids, ids_again)
+    if kind == "files":
+        assert seen == torch.cat([ids for _, ids in rest]).tolist()
+    assert list(loader(images, batch_size=3).epoch(1, start=4)) == []
+
+
+def test_worker_processes_give_what_this_process_gives_and_use_one_thread(tmp_path):
+    images = files(tmp_path, 12, broken=(5,))
+
+    def threads(image, id, epoch):
+        return torch.full_like(crop(image, id, epoch), torch.get_num_threads())
+
+    here = list(loader(images, max_bad=0.1).epoch(0))
+    there = list(loader(images, workers=2, max_bad=0.1).epoch(0))
+    for (batch, ids), (again, ids_again) in zip(here, there, strict=True):
+        assert torch.equal(batch, again) and torch.equal(ids, ids_again)
+    assert all((batch == 1).all() for batch, _ in loader(images, workers=2, crop=threads, max_bad=0.1).epoch(0))
+
+
+def test_reading_files_draws_nothing_from_the_global_generator(tmp_path):
+    images = files(tmp_path, 8)
+    before = torch.get_rng_state()
+    list(loader(images, workers=1).epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_file_that_fails_is_replaced_by_the_next_of_the_order_and_named(tmp_path, caplog):
+    order = epoch_order(12, seed=0, epoch=0).tolist()
+    broken = (order[1], order[2], order[11])
+    deal = loader(files(tmp_path, 12, broken), max_bad=0.5)
+    with caplog.at_level(logging.WARNING, logger="moco"):
+        batches = list(deal.epoch(0))
+    ids = torch.cat([ids for _, ids in batches]).tolist()
+    assert ids == [order[0], order[3], order[3], *order[3:11], order[0]]
+    pixels = torch.cat([batch for batch, _ in batches])
+    assert pixels[:, 0, 0, 0, 0].tolist() == ids
+    assert sorted(deal.bad) == sorted(str(tmp_path / f"{i:03}.png") for i in broken)
+    assert len(caplog.records) == 3
+    list(deal.epoch(1))
+    assert len(deal.bad) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_failures_stop_the_epoch_in_one_line(workers, tmp_path):
+    images = files(tmp_path, 12, broken=tuple(range(6)))
+    with pytest.raises(ValueError, match=r"of 12 files could not be read.*at most 20.00%.*\.png") as caught:
+        list(loader(images, workers=workers, max_bad=0.2).epoch(0))
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_but_failures_stops_whatever_is_allowed(tmp_path):
+    with pytest.raises(ValueError, match="4 of 4 files"):
+        list(loader(files(tmp_path, 4, broken=(0, 1, 2, 3)), max_bad=1.0).epoch(0))
+
+
+def test_the_wait_for_files_is_measured_between_readings(tmp_path):
+    def slow(image, id, epoch):
+        time.sleep(0.01)
+        return crop(image, id, epoch)
+
+    deal = loader(files(tmp_path, 8), crop=slow)
+    list(deal.epoch(0))
+    assert deal.wait_seconds >= 0.08
+    assert deal.wait_seconds == 0
+    memory = loader(arrays(8))
+    list(memory.epoch(0))
+    assert memory.wait_seconds == 0
+
+
+def test_impossible_batches_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch_size is 9, expected at most the number of images, 8"):
+        loader(arrays(8), batch_size=9)
+    with pytest.raises(ValueError, match="batch_size is 4, expected a multiple of the 3 processes"):
+        loader(arrays(8), world_size=3)
+    with pytest.raises(ValueError, match="crop"):
+        loader(files(tmp_path, 8), crop=None)
+
+
+def test_resizing_to_the_size_of_the_images_is_plain_indexing():
+    images = arrays(9)
+    assert torch.equal(resized(images, [8, 2], size=4), images.images[[8, 2]])
+    assert torch.equal(resized(images, torch.tensor([8, 2]), size=4), images.images[[8, 2]])
+
+
+@pytest.mark.parametrize("shape, size", [((40, 60), 16), ((61, 40), 32), ((8, 8), 16), ((33, 70), 33)])
+def test_resizing_is_torchvisions_resize_and_centre_crop(shape, size, tmp_path):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, *shape), dtype=np.uint8))
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    paths = tuple(str(tmp_path / f"{i}.png") for i in range(3))
+    expected = tv.center_crop(tv.resize(pixels, [size], antialias=True), [size, size])[[2, 0]]
+    for images in (ArrayImages(pixels, None, None, paths), FileImages(paths, None, None)):
+        got = resized(images, [2, 0], size=size)
+        assert got.shape == (2, 3, size, size)
+        assert (got.int() - expected.int()).abs().max() <= 1
+
+
+def test_an_unreadable_file_is_black_and_named_when_resizing(tmp_path, caplog):
+    images = files(tmp_path, 3, broken=(1,))
+    with caplog.at_level(logging.WARNING, logger="moco"):
+        batch = resized(images, [0, 1, 2], size=6)
+    assert batch[:, 0, 0, 0].tolist() == [0, 0, 2]
+    assert "1 of 3 images" in caplog.text and "001.png" in caplog.text
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_same_batches(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    gpu = torch.device("cuda")
+    for (batch, ids), (expected, expected_ids) in zip(
+        loader(arrays(12), device=gpu).epoch(0), loader(arrays(12)).epoch(0), strict=True
+    ):
+        assert batch.device.type == "cuda" and ids.device.type == "cpu"
+        assert torch.equal(batch.cpu(), expected) and torch.equal(ids, expected_ids)
+    for batch, ids in loader(files(tmp_path, 12), device=gpu, workers=1).epoch(0):
+        assert batch.is_pinned() and ids.is_pinned()
+    images = ArrayImages(torch.randint(0, 256, (4, 3, 40, 50), dtype=torch.uint8), None, None, tuple("abcd"))
+    moved = ArrayImages(images.images.to(gpu), None, None, images.paths)
+    difference = resized(moved, [1, 3], size=16).cpu().int() - resized(images, [1, 3], size=16).int()
+    assert difference.abs().max() <= 1
