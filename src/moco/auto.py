@@ -51,7 +51,7 @@ def auto_config(data: DataConfig, given: Splits | None = None) -> tuple[Pretrain
         + ("" if small or size == side else f", and {size} is what {where} can train on"),
         f"--model.backbone {backbone}: for {where}",
         f"--model.stem {'small' if small else 'imagenet'}: images {'up to' if small else 'over'} {SMALL} pixels",
-        f"--views.recipe {'cifar' if small else 'v2'}: {'no blur, which small images do not bear' if small else 'MoCo v2'}",
+        f"--views.recipe {'cifar: no blur, which small images do not bear' if small else 'v2: as published'}",
         f"--batch_size {batch}: {number:,} images on {where}",
         f"--model.queue_size {queue}: a power of two, at most a tenth of the images where that holds two batches",
         f"--epochs {epochs}: about {epochs * number:,} images seen",

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from moco import dist
 
@@ -58,7 +57,35 @@ class _GroupedNorm(torch.autograd.Function):
         return grad_x, *((None, None) if weight is None else (grad_weight, grad_bias)), None, None, None, None
 
 
-class SplitBatchNorm2d(_NormBase):
+class _TrackedNorm(nn.Module):
+    """Parameters and buffers as torch's BatchNorm2d has them; what is done in training is the subclass's."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, *, eps: float, momentum: float):
+        super().__init__()
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))  # never counted, as in the reference
+        self.after: nn.Module = nn.Identity()  # what a network has fused into its batch norm: an activation
+
+    def _plain(self, x: Tensor) -> Tensor:
+        stats = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(x, *stats, self.training, self.momentum, self.eps)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+
+
+class SplitBatchNorm2d(_TrackedNorm):
     """Batch norm with statistics over `num_splits` interleaved groups: image i belongs to group i mod num_splits.
 
     Scale and shift are shared. Running statistics are the mean over groups of each group's update; in eval mode this is
@@ -80,7 +107,7 @@ class SplitBatchNorm2d(_NormBase):
 
     def forward(self, x: Float[Tensor, "n c *hw"]) -> Float[Tensor, "n c *hw"]:
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return self.after(self._plain(x))
         sizes = group_sizes(len(x), self.num_splits)
         if not self.grouped:
             order = grouped_order(len(x), self.num_splits, x.device)
@@ -90,21 +117,16 @@ class SplitBatchNorm2d(_NormBase):
         if not (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))):
             x = x.contiguous()
         out = _GroupedNorm.apply(x, self.weight, self.bias, means, variances, sizes, self.eps)
-        with torch.no_grad():
-            self.running_mean.lerp_(means.mean(dim=0), self.momentum)
-            self.running_var.lerp_(variances.mean(dim=0), self.momentum)
-        return out if self.grouped else torch.empty_like(out).index_copy(0, order, out)
+        self._track(means.mean(dim=0), variances.mean(dim=0))
+        return self.after(out if self.grouped else torch.empty_like(out).index_copy(0, order, out))
 
 
-class SyncBatchNorm(_NormBase):
+class SyncBatchNorm(_TrackedNorm):
     """Batch norm over the batches of all ranks, by differentiable all-reduce; any device and dtype."""
 
     def forward(self, x: Float[Tensor, "n c *hw"]) -> Float[Tensor, "n c *hw"]:
-        use_batch = self.training
-        if not use_batch or dist.world_size() == 1:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, use_batch, self.momentum, self.eps
-            )
+        if not self.training or dist.world_size() == 1:
+            return self.after(self._plain(x))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         axes = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
@@ -112,11 +134,11 @@ class SyncBatchNorm(_NormBase):
         mean = dist.all_reduce_sum(wide.sum(axes)) / count
         centred = wide - mean.view(shape)
         var = dist.all_reduce_sum(centred.square().sum(axes)) / count  # two passes: no cancellation
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var * (count / max(count - 1, 1))).to(self.running_var.dtype), self.momentum)
-        scale = self.weight.to(wide.dtype) * torch.rsqrt(var + self.eps)
-        return (centred * scale.view(shape) + self.bias.to(wide.dtype).view(shape)).to(x.dtype)
+        self._track(mean, var * (count / max(count - 1, 1)))
+        out = centred * torch.rsqrt(var + self.eps).view(shape)
+        if self.weight is not None and self.bias is not None:
+            out = out * self.weight.to(wide.dtype).view(shape) + self.bias.to(wide.dtype).view(shape)
+        return self.after(out.to(x.dtype))
 
 
 def convert(module: nn.Module, kind: str, *, num_splits: int = 8, grouped: bool = False) -> nn.Module:
@@ -134,17 +156,17 @@ def convert(module: nn.Module, kind: str, *, num_splits: int = 8, grouped: bool 
     return module
 
 
-def _converted(norm: nn.BatchNorm1d | nn.BatchNorm2d, kind: str, num_splits: int, grouped: bool) -> _NormBase:
+def _converted(norm: nn.BatchNorm1d | nn.BatchNorm2d, kind: str, num_splits: int, grouped: bool) -> _TrackedNorm:
+    momentum = 0.1 if norm.momentum is None else norm.momentum
     if kind == "split":
-        new = SplitBatchNorm2d(norm.num_features, num_splits, momentum=norm.momentum, eps=norm.eps, grouped=grouped)
+        new = SplitBatchNorm2d(norm.num_features, num_splits, momentum=momentum, eps=norm.eps, grouped=grouped)
     else:
-        new = SyncBatchNorm(norm.num_features, eps=norm.eps, momentum=norm.momentum)
-    new.affine, new.weight, new.bias = norm.affine, norm.weight, norm.bias
-    new.running_mean, new.running_var, new.num_batches_tracked = (
-        norm.running_mean,
-        norm.running_var,
-        norm.num_batches_tracked,
-    )
+        new = SyncBatchNorm(norm.num_features, eps=norm.eps, momentum=momentum)
+    fused = [getattr(norm, name, None) for name in ("drop", "act")]  # timm's BatchNormAct2d
+    new.after = nn.Sequential(*(module for module in fused if isinstance(module, nn.Module)))
+    new.weight, new.bias = (norm.weight, norm.bias) if norm.affine else (None, None)
+    if norm.running_mean is not None and norm.running_var is not None:
+        new.running_mean, new.running_var = norm.running_mean, norm.running_var
     return new.train(norm.training)
 
 

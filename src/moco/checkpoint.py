@@ -32,7 +32,9 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: it is not one of ours, it is damaged, or a newer version wrote it.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; the run was stopped before its first checkpoint: start it anew")
+        raise FileNotFoundError(
+            f"{path} does not exist; the run was stopped before its first checkpoint: delete it and start anew"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, KeyError) as error:
@@ -55,7 +57,9 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path
     other = [n for n in ours if n in weights and ours[n].shape != weights[n].shape]
     for names, what in ((missing, "lacks"), (foreign, "has unknown"), (other, "has other shapes for")):
         if names:
-            shapes = f" ({tuple(weights[names[0]].shape)}, expected {tuple(ours[names[0]].shape)})" if names is other else ""
+            shapes = (
+                f" ({tuple(weights[names[0]].shape)}, expected {tuple(ours[names[0]].shape)})" if names is other else ""
+            )
             raise ValueError(
                 f"{path} is of another architecture: it {what} {len(names)} of {len(ours)} tensors, first "
                 f"{names[0]!r}{shapes}; use the settings it was trained with"
@@ -63,13 +67,20 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path
     module.load_state_dict(weights)
 
 
+def seed_everything(seed: int) -> None:
+    """Starts every generator that training code could draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def random_state() -> dict[str, Any]:
     """Of every generator that training code could draw from, as tensors and plain values."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -115,7 +126,9 @@ def load_encoder(path: str | Path) -> ImageEncoder:
         raise FileNotFoundError(f"{folder} does not exist; expected the folder of a run")
     for file in (described, weights):
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no {file.name}; expected a run that has finished or made a checkpoint")
+            raise FileNotFoundError(
+                f"{folder} has no {file.name}; expected a run that has finished or made a checkpoint"
+            )
     try:
         about = json.loads(described.read_text(encoding="utf-8"))
         backbone = build_backbone(about["backbone"], stem=about["stem"], channels=about["channels"])

@@ -18,7 +18,7 @@ def rank() -> int:
     return torch_dist.get_rank() if torch_dist.is_available() and torch_dist.is_initialized() else 0
 
 
-def gather(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "m *rest"]:
+def gather(x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     """The global batch, in its interleaved order; every rank gives equally many rows. No gradient flows through."""
     world = world_size()
     if world == 1:
@@ -28,7 +28,7 @@ def gather(x: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "m *rest"]:
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def local(x: Shaped[Tensor, "m *rest"]) -> Shaped[Tensor, "n *rest"]:
+def local(x: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "n ..."]:
     """This rank's rows of a global batch."""
     return x[rank() :: world_size()]
 
@@ -41,8 +41,8 @@ class _AllReduceSum(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone()
+    def backward(ctx, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone()
         torch_dist.all_reduce(grad)
         return grad
 

@@ -61,7 +61,7 @@ def embed(
         ((1200, 512), 'photos/cat.jpg')
     """
     if isinstance(images, str | Path):
-        images = load_data(DataConfig(source=str(images), channels=encoder.channels)).train
+        images = load_data(DataConfig.model_validate({"source": str(images), "channels": encoder.channels})).train
     images = as_images(images, channels=encoder.channels)
     return Embeddings(
         vectors=features(encoder, images, batch_size=batch_size, precision=precision, on_progress=on_progress).numpy(),

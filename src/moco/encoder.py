@@ -29,8 +29,8 @@ class Encoder(nn.Module):
     Args:
         backbone: images `[n, c, h, w]` -> features `[n, f]`.
         projector: features -> projections.
-        num_splits: the batch norms are `SplitBatchNorm2d(grouped=True)` of so many groups; 0: they are not. The batch is
-            then put into the order of its groups once, here, instead of in every layer.
+        num_splits: the batch norms are `SplitBatchNorm2d(grouped=True)` of so many groups; 0: they are not. The batch
+            is then put into the order of its groups once, here, instead of in every layer.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, *, num_splits: int = 0):
@@ -102,7 +102,8 @@ class ImageEncoder(nn.Module):
 
 
 def _narrow_resnet(channels: tuple[int, int, int, int], layers: tuple[int, int, int, int]) -> ResNet:
-    return ResNet(BasicBlock, layers, num_classes=0, channels=channels, zero_init_last=False)
+    block: Any = BasicBlock  # timm's signature asks for an instance and means the class
+    return ResNet(block, layers, num_classes=0, channels=channels, zero_init_last=False)
 
 
 # Networks for processors without an accelerator; everything else comes from timm and torchvision by name.
@@ -130,8 +131,10 @@ def build_backbone(
     if name in BACKBONES:
         backbone = BACKBONES[name]()
     elif timm.is_model(name):
-        options = {"zero_init_last": zero_init_last} if name.startswith(("resnet", "wide_resnet", "resnext")) else {}
-        backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels, **options)
+        options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
+        if name.startswith(("resnet", "wide_resnet", "resnext")):
+            options["zero_init_last"] = zero_init_last
+        backbone = timm.create_model(name, pretrained=pretrained, **options)
     elif name in torchvision.models.list_models():
         backbone = _without_classifier(torchvision.models.get_model(name))
     else:
@@ -144,14 +147,17 @@ def build_backbone(
     if stem == "small":
         _small_stem(backbone, name, channels)
     elif name in BACKBONES and channels != 3:
-        raise ValueError(f"backbone {name!r} takes 3 channels with stem 'imagenet', got {channels}; use --model.stem small")
+        raise ValueError(
+            f"backbone {name!r} takes 3 channels with stem 'imagenet', got {channels}; use --model.stem small"
+        )
     return backbone
 
 
 def _small_stem(backbone: nn.Module, name: str, channels: int) -> None:
-    if not isinstance(getattr(backbone, "conv1", None), nn.Conv2d) or not hasattr(backbone, "maxpool"):
+    first = getattr(backbone, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not hasattr(backbone, "maxpool"):
         raise ValueError(f"backbone {name!r} has no ResNet stem to make small; use --model.stem imagenet")
-    backbone.conv1 = nn.Conv2d(channels, backbone.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+    backbone.conv1 = nn.Conv2d(channels, first.out_channels, 3, stride=1, padding=1, bias=False)
     backbone.maxpool = nn.Identity()
 
 
@@ -184,8 +190,10 @@ def mlp_bn_head(features: int, dim: int, hidden: int) -> nn.Module:
 
 
 def v3_mlp(features: int, dim: int, hidden: int, *, num_layers: int, last_norm: bool = True) -> nn.Module:
-    """v3's projector and predictor: linear layers without bias, each followed by batch norm, the last by one without
-    scale and shift, or by none."""
+    """v3's projector and predictor: linear layers without bias, each followed by batch norm.
+
+    The last batch norm has no scale and shift, or is left out.
+    """
     layers: list[nn.Module] = []
     for layer in range(num_layers):
         last = layer == num_layers - 1
@@ -201,5 +209,7 @@ def num_features(backbone: nn.Module) -> int:
     """Length of a backbone's features, as the backbone says it."""
     size = getattr(backbone, "num_features", None)
     if not isinstance(size, int):
-        raise ValueError(f"backbone {type(backbone).__name__} must have an integer `num_features`, the length of its output")
+        raise ValueError(
+            f"backbone {type(backbone).__name__} must have an integer `num_features`, the length of its output"
+        )
     return size

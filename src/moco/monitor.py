@@ -18,7 +18,7 @@ from moco.config import PretrainConfig
 from moco.data import Images, Splits
 from moco.embed import features, pixels
 from moco.encoder import ImageEncoder
-from moco.evaluate import held_out
+from moco.evaluate import HeldOut, held_out
 from moco.evaluate.knn import few_label_accuracy, knn_accuracy
 from moco.figures import curves
 from moco.model import MoCo, Output
@@ -116,7 +116,7 @@ class Clock:
 
 
 def spread(keys: Tensor) -> Tensor:
-    """Standard deviation of unit vectors per dimension, times sqrt(d): 1 if evenly spread on the sphere, 0 if collapsed."""
+    """Standard deviation of unit vectors per dimension, times sqrt(d): 1 if even on the sphere, 0 if collapsed."""
     return keys.std(dim=0).mean() * math.sqrt(keys.shape[1])
 
 
@@ -133,13 +133,13 @@ class Monitor:
     """
 
     config: PretrainConfig
-    watched: Splits | None
-    final: Splits | None
+    watched: HeldOut | None
+    final: HeldOut | None
     encoder: ImageEncoder
     projector: nn.Module
 
     def knn(self) -> dict[str, float]:
-        """kNN top-1 in percent, of features and of projections."""
+        """KNN top-1 in percent, of features and of projections."""
         if self.watched is None:
             return {}
         bank, queries = (self._features(images) for images in self.watched)
@@ -177,26 +177,20 @@ class Monitor:
         self.projector.train(was_training)
         return torch.cat(projected)
 
-    def _accuracy(self, bank: Tensor, queries: Tensor, splits: Splits) -> float:
-        train, test = splits
-        assert train.labels is not None and test is not None and test.labels is not None
+    def _accuracy(self, bank: Tensor, queries: Tensor, held: HeldOut) -> float:
         watch = self.config.monitor
-        return knn_accuracy(
-            bank, train.labels, queries, test.labels, k=watch.knn_k, temperature=watch.knn_temperature
-        )["top1"]
+        k, temperature = watch.knn_k, watch.knn_temperature
+        return knn_accuracy(bank, held.train_labels, queries, held.test_labels, k=k, temperature=temperature)["top1"]
 
-    def _table_row(self, bank: Tensor, queries: Tensor, splits: Splits) -> dict[str, float]:
-        train, test = splits
-        assert train.labels is not None and test is not None and test.labels is not None
-        row = {"knn_top1": self._accuracy(bank, queries, splits)}
-        counts = torch.bincount(train.labels)
+    def _table_row(self, bank: Tensor, queries: Tensor, held: HeldOut) -> dict[str, float]:
+        labels, asked = held.train_labels, held.test_labels
+        row = {"knn_top1": self._accuracy(bank, queries, held)}
+        counts = torch.bincount(labels)
         smallest = int(counts[counts > 0].min())
         if len(counts) <= MAX_CLASSES_FEW:
             for name, number in (("one_label", 1), ("five_labels", 5)):
                 if number <= smallest:
-                    row[name] = few_label_accuracy(
-                        bank, train.labels, queries, test.labels, labels_per_class=number
-                    )
+                    row[name] = few_label_accuracy(bank, labels, queries, asked, labels_per_class=number)
         return row
 
 
@@ -206,10 +200,9 @@ def build_monitor(config: PretrainConfig, splits: Splits, encoder: ImageEncoder,
         return Monitor(config, None, None, encoder, projector)
     final = held_out(splits)
     watched = held_out(splits, use_test=config.monitor.split == "test")
-    assert watched.test is not None
     # The published protocol asks about all test images; the choice of `best` can do with fewer.
     asked = watched.test if config.monitor.split == "test" else _evenly(watched.test, MAX_QUERIES)
-    return Monitor(config, Splits(_evenly(watched.train, MAX_BANK), asked), final, encoder, projector)
+    return Monitor(config, HeldOut(_evenly(watched.train, MAX_BANK), asked), final, encoder, projector)
 
 
 def _evenly(images: Images, most: int) -> Images:
@@ -225,7 +218,9 @@ def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float,
     parameters = sum(p.numel() for p in model.query_encoder.parameters())
     state = 2 if config.optim.name in ("adam", "adamw") else 1
     held = 4 * parameters * (3 + state) + 4 * settings.queue_size * settings.dim
-    rule = f"{config.optim.base_lr:g} x {config.batch_size} / 256" if config.optim.lr_scaling == "linear" else "not scaled"
+    rule = (
+        f"{config.optim.base_lr:g} x {config.batch_size} / 256" if config.optim.lr_scaling == "linear" else "not scaled"
+    )
     meaning = {
         "split": f"split: statistics over {settings.bn_splits} groups of each batch, so that none gives a key away",
         "shuffle": "shuffled across devices before the key encoder",
@@ -238,7 +233,7 @@ def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float,
         f"gradients, optimizer and queue take {held / 2**20:,.0f} MiB, activations come on top",
         f"learning rate: {lr:g} ({rule}), {config.optim.schedule}",
         f"batch norm: {meaning}",
-        f"loss: {chance:.2f} is chance, {floor:.2f} the floor if negatives were orthogonal; it rises while the queue fills",
+        f"loss: {chance:.2f} is chance, {floor:.2f} the floor with orthogonal negatives; it rises while the queue fills",
     ]
     if settings.queue_size:
         share = f"queue: {settings.queue_size:,} keys, {settings.queue_size / num_images:.0%} of the images"
@@ -256,8 +251,8 @@ def cautions(config: PretrainConfig, num_images: int, *, mask_own: bool) -> list
         )
     if settings.queue_size > 0.1 * num_images and not mask_own:
         found.append(
-            f"the queue holds {settings.queue_size / num_images:.0%} of the images, so images meet themselves among their "
-            "negatives; lower --model.queue_size or leave --model.mask_own unset"
+            f"the queue holds {settings.queue_size / num_images:.0%} of the images, so images meet themselves among "
+            "their negatives; lower --model.queue_size or leave --model.mask_own unset"
         )
     return found
 
@@ -284,7 +279,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 def draw_curves(run: Run) -> None:
     """Writes curves.png from metrics.csv."""
     chance, floor = loss_range(run.config.model, run.config.batch_size)
-    levels = {who: row["knn_top1"] for who, row in run.results.items() if who != "trained encoder" and "knn_top1" in row}
+    levels = {
+        who: row["knn_top1"] for who, row in run.results.items() if who != "trained encoder" and "knn_top1" in row
+    }
     figure = curves(run.metrics, chance=chance, floor=floor, baselines=levels)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

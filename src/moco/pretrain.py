@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,8 @@ from moco.auto import auto_config
 from moco.batchnorm import average_running_statistics
 from moco.config import DataConfig, PretrainConfig, load_recipe, merge
 from moco.data import ArrayImages, Loader, Splits, as_images, load_data
-from moco.encoder import ImageEncoder
-from moco.engine import StopSignal, Stopped, build_fabric, resolve
+from moco.encoder import Encoder, ImageEncoder
+from moco.engine import Stopped, StopSignal, build_fabric, resolve
 from moco.model import MoCo
 from moco.monitor import (
     COLUMNS,
@@ -68,7 +69,7 @@ def pretrain(
     Args:
         config: a recipe's name, a YAML file or the settings; not given: chosen from `data`, or `digits`.
         out: folder of the run; not given: `runs/` and the recipe's name.
-        data: in place of the recipe's images: a name or folder, a uint8 tensor or array, a list of PIL images, a Dataset.
+        data: in place of the recipe's images: name or folder, uint8 tensor or array, list of PIL images, Dataset.
         resume: folder of a run to continue from its last checkpoint, to the same bits as if it had never stopped.
         on_progress: called each time numbers were read from the device.
 
@@ -90,16 +91,20 @@ def pretrain(
         Run.refuse_taken(path)
     state = checkpoint.load(earlier.last) if earlier else None
     fabric = build_fabric(config.engine, config.monitor.loggers, path)
-    training = _set_up(config, _images(config, data), fabric)
+    training = prepare(config, _images(config, data), fabric)
     if state:
         training.restore(state, path)
     run = earlier or (Run.create(path, config) if dist.rank() == 0 else Run(path, config))
+    if earlier and dist.rank() == 0:
+        earlier.remove_partial()
     with run.logged(), StopSignal() as signals:
         if earlier:
             log.info("continued at step %d of %d", training.done, training.total)
         else:
             _introduce(training, run)
-        _train(training, run, signals, on_progress or (lambda progress: None))
+        table = MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=training.done, active=dist.rank() == 0)
+        with closing(table) as metrics:
+            _train(training, run, metrics, signals, on_progress or (lambda progress: None))
         if dist.rank() == 0:
             run.write_json("results.json", run.results | {"trained encoder": training.monitor.measure()})
             draw_curves(run)
@@ -137,8 +142,8 @@ class Training:
     @property
     def key_momentum(self) -> float:
         """Of the next update. It comes before the next step's keys in the published order, so it takes that step's."""
-        model = self.config.model
-        return key_momentum(model.momentum, model.momentum_schedule, self.done + 1, total_steps=self.total)
+        model, planned = self.config.model, self.config.epochs * self.loader.steps_per_epoch
+        return key_momentum(model.momentum, model.momentum_schedule, self.done + 1, total_steps=planned)
 
     def step(self, images: Tensor, ids: Tensor, epoch: int) -> None:
         """Two views, loss, gradient, optimizer; then the key encoder follows and the keys enter the queue."""
@@ -149,12 +154,13 @@ class Training:
         else:
             pair = self.views.finish(images.to(device, non_blocking=True), ids, epoch=epoch)
         layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+        dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
         own = ids.to(device, non_blocking=True) if self.mask_own else None
         # A function of the step alone: nothing random has to be carried over a resume.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.done)
         parts, outs = config.optim.accumulate, []
         for part in range(parts):
-            view1, view2 = (view[part::parts].to(memory_format=layout) for view in pair)
+            view1, view2 = (view[part::parts].to(dtype, memory_format=layout) for view in pair)
             with fabric.no_backward_sync(self.model, enabled=part < parts - 1):
                 out = self.model(view1, view2, ids=None if own is None else own[part::parts], generator=generator)
                 fabric.backward(out.loss / parts)
@@ -197,9 +203,8 @@ class Training:
             checkpoint.save_encoder(run.path, self.monitor.encoder)
 
 
-def _train(training: Training, run: Run, signals: StopSignal, show: Show) -> None:
+def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSignal, show: Show) -> None:
     config, loader = training.config, training.loader
-    metrics = MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=training.done, active=dist.rank() == 0)
     first, saved = training.done, time.monotonic()
     training.clock.start()
     while training.done < training.total:
@@ -223,11 +228,9 @@ def _train(training: Training, run: Run, signals: StopSignal, show: Show) -> Non
                 training.save(run, metrics, run.last)
                 saved = time.monotonic()
             if told and not finished:
-                metrics.close()
                 raise Stopped(told, run.path)
             if finished:
                 break
-    metrics.close()
     log.info("trained %d steps in %.0f s", training.done - first, training.clock.state()["train_seconds"])
 
 
@@ -237,8 +240,8 @@ def _row(training: Training, *, look: bool) -> dict[str, float]:
     row = {"step": training.done, "epoch": training.done / training.loader.steps_per_epoch} | training.meter.read()
     if not math.isfinite(row["loss"]):
         raise RuntimeError(
-            f"the loss is {row['loss']} at step {training.done}; lower --optim.base_lr, or use --engine.precision fp32; "
-            "the last checkpoint is whole"
+            f"the loss is {row['loss']} at step {training.done}; lower --optim.base_lr, or use --engine.precision "
+            "fp32; the last checkpoint is whole"
         )
     row["lr"], row["key_momentum"] = training.lr, training.key_momentum
     if config.model.queue_size:
@@ -252,7 +255,8 @@ def _row(training: Training, *, look: bool) -> dict[str, float]:
     return row
 
 
-def _set_up(config: PretrainConfig, splits: Splits, fabric: Fabric) -> Training:
+def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric) -> Training:
+    """Everything a step needs, from the settings and the images; draws the initial weights."""
     train = splits.train
     specs = view_specs(config.views)
     views = TwoViews(specs, config.views.size, config.seed)
@@ -267,8 +271,10 @@ def _set_up(config: PretrainConfig, splits: Splits, fabric: Fabric) -> Training:
         crop=views.crop,
         max_bad=config.data.max_bad,
     )
-    torch.manual_seed(config.seed)
+    checkpoint.seed_everything(config.seed)
     core = build_model(config.model, channels=config.data.channels)
+    if config.engine.precision == "fp64":
+        core = core.double()
     if config.engine.channels_last:
         core = core.to(memory_format=torch.channels_last)
     trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
@@ -277,8 +283,10 @@ def _set_up(config: PretrainConfig, splits: Splits, fabric: Fabric) -> Training:
         core.query_encoder.compile()
         core.key_encoder.compile()
     model, optimizer = fabric.setup(core, optimizer)
+    query_encoder = core.query_encoder
+    assert isinstance(query_encoder, Encoder)
     encoder = ImageEncoder(
-        core.query_encoder.backbone,
+        query_encoder.backbone,
         name=config.model.backbone,
         stem=config.model.stem,
         channels=config.data.channels,
@@ -296,7 +304,7 @@ def _set_up(config: PretrainConfig, splits: Splits, fabric: Fabric) -> Training:
         optimizer=optimizer,
         views=views,
         loader=loader,
-        monitor=build_monitor(config, splits, encoder, core.query_encoder.projector),
+        monitor=build_monitor(config, splits, encoder, query_encoder.projector),
         num_images=len(train),
         in_memory=isinstance(train, ArrayImages),
         mask_own=config.model.queue_size > 0.1 * len(train) if mask is None else mask and config.model.queue_size > 0,

@@ -1,23 +1,24 @@
 """The run folder: what is in it, how it is named, read, and written so that nothing is ever lost.
 
-    config.yaml           every setting in force
-    environment.json      versions and machine
-    metrics.csv           one row every few steps
-    results.json          raw pixels, untrained and trained encoder, side by side
-    curves.png            the metrics, drawn
-    checkpoints/last.ckpt everything that training goes on from; best.ckpt: where held-out kNN was best
-    encoder.safetensors   the trained backbone, and config.json: how to build and feed it
-    log.txt               what was said
+config.yaml           every setting in force
+environment.json      versions and machine
+metrics.csv           one row every few steps
+results.json          raw pixels, untrained and trained encoder, side by side
+curves.png            the metrics, drawn
+checkpoints/last.ckpt everything that training goes on from; best.ckpt: where held-out kNN was best
+encoder.safetensors   the trained backbone, and config.json: how to build and feed it
+log.txt               what was said
 """
 
 import csv
+import errno
 import io
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with _disk_full_named(path), os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -40,6 +41,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def _disk_full_named(path: Path) -> Generator[None]:
+    try:
+        yield
+    except Exception as error:
+        # torch.save raises an error of its own in place of the system's.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f"{cause.strerror}; what was saved before is whole: make room and go on; could not write"
+            raise OSError(cause.errno, what, str(path)) from None
+        raise
 
 
 def _umask() -> int:
@@ -136,10 +150,16 @@ class Run:
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
+    def remove_partial(self) -> None:
+        """Removes what a killed process had begun to write; nothing else may be writing the run."""
+        for folder in (self.path, self.last.parent):
+            for partial in folder.glob(".*.partial"):
+                partial.unlink(missing_ok=True)
+
     @contextmanager
-    def logged(self) -> Iterator[None]:
+    def logged(self) -> Generator[None]:
         """What the library says goes into log.txt, too."""
-        logger, handler = logging.getLogger("moco"), logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        logger, handler = logging.getLogger("moco"), _LogFile(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         level = logger.level
         logger.addHandler(handler)
@@ -150,7 +170,13 @@ class Run:
         finally:
             logger.setLevel(level)
             logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):  # only ever after a write that failed
+                handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A disk that is full stops training at the next checkpoint, not for the sake of a log line."""
 
 
 class MetricsWriter:
@@ -164,12 +190,12 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...], *, keep_until: int, active: bool = True):
-        self._file = None
+        self._path, self._file = path, None
         if not active:
             return
         rows: list[dict[str, str]] = []
         if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 # A row that a crash cut short has no value in its last columns, or none that reads as a number.
                 rows = [row for row in csv.DictReader(file) if _is_whole(row) and int(row["step"]) <= keep_until]
         text = io.StringIO(newline="")
@@ -182,17 +208,20 @@ class MetricsWriter:
 
     def write(self, row: dict[str, float]) -> None:
         if self._file:
-            self._writer.writerow(row)
-            self._file.flush()
+            with _disk_full_named(self._path):
+                self._writer.writerow(row)
+                self._file.flush()
 
     def sync(self) -> None:
         """Before a checkpoint that counts on these rows."""
         if self._file:
-            os.fsync(self._file.fileno())
+            with _disk_full_named(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # rows are flushed as they are written: this fails only after a write that did
+                self._file.close()
 
 
 def _is_whole(row: dict[str, str]) -> bool:

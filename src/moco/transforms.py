@@ -5,7 +5,7 @@ Floats are in [0, 1], uint8 in 0 to 255.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 Batch = Float[Tensor, "n c h w"]
@@ -50,7 +50,9 @@ def shift_hue(images: Float[Tensor, "n 3 h w"], turns: PerImage) -> Float[Tensor
     red, green, blue = images.unbind(dim=1)
     safe = chroma.clamp(min=1e-12)
     hue = torch.where(
-        high == red, (green - blue) / safe, torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+        high == red,
+        (green - blue) / safe,
+        torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     hue = hue + 6 * turns[:, None, None]
     offset = torch.tensor([5.0, 3.0, 1.0], device=images.device, dtype=images.dtype)[:, None, None]
@@ -59,7 +61,7 @@ def shift_hue(images: Float[Tensor, "n 3 h w"], turns: PerImage) -> Float[Tensor
 
 
 def blend(images: Batch, other: Tensor, factor: PerImage) -> Batch:
-    """factor * images + (1 - factor) * other, within [0, 1]."""
+    """Factor * images + (1 - factor) * other, within [0, 1]."""
     return torch.lerp(other, images, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
@@ -108,7 +110,7 @@ def centred(images: UInt8[Tensor, "n c h w"], size: int) -> UInt8[Tensor, "n c s
     # Only the CPU resizes whole numbers; there it is three times as fast and rounds as Pillow does.
     pixels = images if images.device.type == "cpu" else images.float()
     pixels = F.interpolate(pixels, size=new, mode="bilinear", antialias=True)
-    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    top, left = round((new[0] - size) / 2), round((new[1] - size) / 2)  # halves to even, as torchvision's CenterCrop
     pixels = pixels[:, :, top : top + size, left : left + size]
     return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
 

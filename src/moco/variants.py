@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 from torch import nn
 
@@ -106,6 +107,9 @@ def loss_range(config: ModelConfig, batch_size: int) -> tuple[float, float]:
     return factor * chance, factor * floor
 
 
+_SHUFFLES: dict[str, Literal["device", "ranks"]] = {"split": "device", "shuffle": "ranks"}
+
+
 def _queue_variant(config: ModelConfig, backbone: nn.Module, head: str) -> QueueMoCo:
     features, kind = num_features(backbone), choose_batchnorm(config)
     head = head if config.head == "variant" else config.head
@@ -121,9 +125,9 @@ def _queue_variant(config: ModelConfig, backbone: nn.Module, head: str) -> Queue
     return QueueMoCo(
         encoder,
         KeyQueue(config.queue_size, config.dim),
-        temperature=config.temperature,
+        config.temperature,
         symmetric=config.symmetric,
-        shuffle={"split": "device", "shuffle": "ranks"}.get(kind),
+        shuffle=_SHUFFLES.get(kind),
     )
 
 
@@ -135,7 +139,7 @@ def _v3(config: ModelConfig, backbone: nn.Module) -> BatchMoCo:
     encoder = Encoder(backbone, projector, num_splits=splits)
     batchnorm.convert(encoder, kind, num_splits=splits, grouped=True)
     batchnorm.convert(predictor, kind, num_splits=splits)
-    return BatchMoCo(encoder, predictor, temperature=config.temperature)
+    return BatchMoCo(encoder, predictor, config.temperature)
 
 
 VARIANTS: dict[str, Callable[[ModelConfig, nn.Module], MoCo]] = {

@@ -52,19 +52,19 @@ class ViewSpec:
     std: tuple[float, float, float] = IMAGENET[1]
 
 
+_V1 = ViewSpec(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grey_first=True)
 _V2 = ViewSpec(blur_p=0.5)
 _V3 = ViewSpec(jitter=(0.4, 0.4, 0.2, 0.1), blur_p=1.0)
 _CIFAR = ViewSpec(crop_scale=(0.08, 1.0), mean=CIFAR10[0], std=CIFAR10[1])
 _DIGITS = ViewSpec(crop_scale=(0.4, 1.0), flip=0.0, jitter=(0.4, 0.4, 0, 0), grey_p=0.0, mean=HALF[0], std=HALF[1])
 
 VIEWS: dict[str, Callable[[], tuple[ViewSpec, ViewSpec]]] = {
-    "v1": lambda: (replace(_V2, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grey_first=True, blur_p=0.0),) * 2,
+    "v1": lambda: (_V1, _V1),
     "v2": lambda: (_V2, _V2),
     "v3": lambda: (_V3, replace(_V3, blur_p=0.1, solarize_p=0.2)),
     "cifar": lambda: (_CIFAR, _CIFAR),
     "digits": lambda: (_DIGITS, _DIGITS),
 }
-
 
 
 def view_specs(config: ViewsConfig) -> tuple[ViewSpec, ViewSpec]:
@@ -213,7 +213,9 @@ class TwoViews:
             u = draws(torch.tensor([image_id]), seed=self.seed, epoch=epoch, view=number)
             top, left, height, width = (int(side) for side in crop_box(u, spec, *image.shape[1:]))
             size = [self.size, self.size]
-            views.append(resized_crop(image, top, left, height, width, size, InterpolationMode.BILINEAR, antialias=True))
+            views.append(
+                resized_crop(image, top, left, height, width, size, InterpolationMode.BILINEAR, antialias=True)
+            )
         return torch.stack(views)
 
     def finish(

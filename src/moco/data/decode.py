@@ -81,8 +81,8 @@ def decode(path: str, channels: int) -> UInt8[np.ndarray, "c h w"]:
     """
     with _open(path) as (file, image):
         if image.format == "JPEG" and image.mode == "RGB" and channels == 3 and "xmp" not in image.info:
-            # The same pixels as Pillow's, upright too, in two thirds of the time; Pillow has checked the size. It knows
-            # EXIF's orientation but not XMP's.
+            # As Pillow decodes, upright too, in two thirds of the time. Pillow has checked the size. This decoder
+            # knows EXIF's orientation, not XMP's.
             file.seek(0)
             try:
                 pixels = decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8))

@@ -16,7 +16,7 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
     """Images from whatever holds them.
 
     Args:
-        given: uint8 tensor `[n, c, h, w]` or `[n, h, w]`; uint8 array `[n, h, w, c]` or `[n, h, w]`; list of PIL images;
+        given: uint8 tensor `[n, c, h, w]` or `[n, h, w]`; uint8 array `[n, h, w, c]` or `[n, h, w]`; PIL images;
             a map-style dataset of PIL images or uint8 tensors, alone or as (image, label); or what `load_data` gives.
         channels: 1 or 3; grey is repeated, colour averaged.
 
@@ -34,10 +34,12 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
     elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, str | bytes | dict):
         pixels, labels = _from_sequence(given)
     else:
-        raise ValueError(f"images are {type(given).__name__}; expected a tensor, an array, a list of PIL images or a Dataset")
+        raise ValueError(
+            f"images are {type(given).__name__}; expected a tensor, an array, a list of PIL images or a Dataset"
+        )
     if pixels.ndim != 4 or pixels.dtype != torch.uint8 or len(pixels) == 0:
         raise ValueError(
-            f"images are {pixels.dtype} of shape {tuple(pixels.shape)}; expected uint8 [n, c, h, w] with at least one image"
+            f"images are {pixels.dtype} of shape {tuple(pixels.shape)}; expected uint8 [n, c, h, w], n > 0"
         )
     if pixels.shape[1] != channels and {pixels.shape[1], channels} == {1, 3}:
         pixels = luma(pixels) if channels == 1 else pixels.repeat(1, 3, 1, 1)
@@ -58,12 +60,14 @@ def _from_sequence(given: Any) -> tuple[Tensor, Tensor | None]:
             array = np.array(item.convert("L" if item.mode in ("1", "L", "I;16") else "RGB"))
             item = torch.from_numpy(array).reshape(*array.shape[:2], -1).movedim(2, 0)
         if not isinstance(item, Tensor):
-            raise ValueError(f"image {index} is a {type(item).__name__}; expected a PIL image or a uint8 tensor [c, h, w]")
+            raise ValueError(
+                f"image {index} is a {type(item).__name__}; expected a PIL image or a uint8 tensor [c, h, w]"
+            )
         pictures.append(item)
         if item.shape != pictures[0].shape:
             raise ValueError(
-                f"image {index} is {tuple(item.shape)}, the first {tuple(pictures[0].shape)}; expected one size: resize "
-                "them, or put them into a folder, where sizes may differ"
+                f"image {index} is {tuple(item.shape)}, the first {tuple(pictures[0].shape)}; expected one size: resize them, "
+                "or put them into a folder, where sizes may differ"
             )
     if not pictures:
         raise ValueError("there are no images in the list; expected at least one")

@@ -122,7 +122,7 @@ class Loader:
             multiprocessing_context=_context() if self._workers else None,
         )
         with warnings.catch_warnings():
-            # From Python 3.12 on a fork beside threads warns. A worker has one thread (torch sees to it), and takes none of our locks.
+            # From Python 3.12 on a fork beside threads warns. A worker runs one thread and takes no lock of ours.
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
             iterator = iter(batches)
         try:

@@ -3,10 +3,13 @@
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
 
 from moco.checkpoint import load_encoder
 from moco.config import DataConfig
-from moco.data import Splits, load_data
+from moco.data import Images, Splits, load_data
 from moco.embed import Embeddings, embed
 from moco.encoder import ImageEncoder
 from moco.evaluate.knn import knn
@@ -55,18 +58,42 @@ def evaluate(
     opened = Run.open(run)
     encoder = load_encoder(opened.path)
     config = opened.config.data if data is None else DataConfig(source=data, channels=opened.config.data.channels)
-    train, test = held_out(load_data(config))
+    held = held_out(load_data(config))
     monitor = opened.config.monitor
     return EVALUATIONS[protocol](
         encoder,
-        embed(encoder, train),
-        embed(encoder, test),
+        embed(encoder, held.train),
+        embed(encoder, held.test),
         monitor.knn_k if k is None else k,
         monitor.knn_temperature if temperature is None else temperature,
     )
 
 
-def held_out(splits: Splits, *, use_test: bool = True) -> Splits:
+class HeldOut(NamedTuple):
+    """Labelled images that answer, and labelled images that are asked about."""
+
+    train: Images
+    test: Images
+
+    @property
+    def train_labels(self) -> Tensor:
+        return _labels(self.train)
+
+    @property
+    def test_labels(self) -> Tensor:
+        return _labels(self.test)
+
+
+def _labels(images: Images) -> Tensor:
+    if images.labels is None:
+        raise ValueError(
+            "these images have no labels, which kNN needs; give class subfolders or a labelled set with --data, "
+            "or look at loss, spread and neighbours instead"
+        )
+    return images.labels
+
+
+def held_out(splits: Splits, *, use_test: bool = True) -> HeldOut:
     """Images that answer and images that are asked about.
 
     Args:
@@ -77,15 +104,12 @@ def held_out(splits: Splits, *, use_test: bool = True) -> Splits:
         ValueError: there are no labels, or too few images to hold any out.
     """
     train, test = splits
-    if train.labels is None:
-        raise ValueError(
-            "these images have no labels, which kNN needs; give class subfolders or a labelled set with --data, "
-            "or look at loss, spread and neighbours instead"
-        )
+    _labels(train)
     if use_test and test is not None:
-        return splits
+        _labels(test)
+        return HeldOut(train, test)
     if len(train) < 20:
         raise ValueError(f"{len(train)} labelled images are too few to hold some out; expected at least 20")
     asked = list(range(0, len(train), 10))
     answering = [index for index in range(len(train)) if index % 10]
-    return Splits(train.select(answering), train.select(asked))
+    return HeldOut(train.select(answering), train.select(asked))

@@ -109,7 +109,9 @@ def few_label_accuracy(
     hits = []
     for draw in range(num_draws):
         generator = torch.Generator().manual_seed(draw)
-        chosen = torch.cat([each[torch.randperm(len(each), generator=generator)[:labels_per_class]] for each in members])
+        chosen = torch.cat(
+            [each[torch.randperm(len(each), generator=generator)[:labels_per_class]] for each in members]
+        )
         nearest = (queries @ bank[chosen].T).argmax(dim=1)
         hits.append((bank_labels[chosen][nearest] == query_labels).double().mean())
     return 100 * torch.stack(hits).mean().item()

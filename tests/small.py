@@ -1,0 +1,119 @@
+"""A network small enough to be written out by hand, and the loop that trains it as a user would."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import moco
+from moco import dist
+from moco.model import MoCo
+from published import Batches, Trace
+
+
+class SmallBackbone(nn.Sequential):
+    """Any module images -> features that says how many features there are is a backbone."""
+
+    num_features = 6
+
+    def __init__(self, *, resnet: bool = False) -> None:
+        super().__init__(
+            nn.Conv2d(3, 4, 3, stride=2, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 6, 3, stride=2, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        if resnet:  # v3 has other heads behind a ResNet
+            self.add_module("layer4", nn.Identity())
+
+
+def small_v1(
+    batchnorm: str = "plain", *, splits: int = 2, symmetric: bool = False, queue_size: int = 20, seed: int = 0
+) -> MoCo:
+    torch.manual_seed(seed)
+    model = moco.create_model(
+        "v1",
+        backbone=SmallBackbone(),
+        dim=5,
+        queue_size=queue_size,
+        temperature=0.2,
+        symmetric=symmetric,
+        batchnorm=batchnorm,
+        bn_splits=splits,
+    )
+    return off_one(model).double()
+
+
+def small_v3(*, resnet: bool = True) -> MoCo:
+    torch.manual_seed(0)
+    model = moco.create_model("v3", backbone=SmallBackbone(resnet=resnet), dim=5, hidden_dim=7, temperature=0.5)
+    return off_one(model).double()
+
+
+def off_one(model: MoCo) -> MoCo:
+    """Scales and shifts other than the 1 and 0 they start at, so that leaving one out shows."""
+    for query, key in zip(model.query_encoder.parameters(), model.key_encoder.parameters(), strict=True):
+        if query.ndim == 1:
+            nn.init.normal_(query, mean=0.5, std=0.2)
+            key.data.copy_(query)
+    return model
+
+
+def weights(model: MoCo) -> dict[str, Tensor]:
+    """All that learns by gradient, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def make_batches(count: int = 10, size: int = 8, side: int = 9) -> Batches:
+    random = torch.Generator().manual_seed(1)
+    shape = (count, 2, size, 3, side, side)
+    return [(pair[0], pair[1]) for pair in torch.randn(shape, generator=random, dtype=torch.float64)]
+
+
+def cosine_momentum(step: int) -> float:
+    """Rises from 0.6 to 1 over ten steps, so that a step's neighbour would be seen."""
+    return [0.6 + 0.04 * step for step in range(11)][step]
+
+
+def train(
+    model: MoCo,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    momentum: Callable[[int], float],
+    *,
+    generators: bool = True,
+) -> Trace:
+    """The loop of a user; each of several processes takes its rows of the batch."""
+    trace = Trace()
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if dist.world_size() > 1 else model
+    for step, (view1, view2) in enumerate(batches):
+        trace.key_encoders.append({n: p.clone() for n, p in model.key_encoder.named_parameters()})
+        generator = torch.Generator().manual_seed(step) if generators else None
+        out = wrapped(dist.local(view1), dist.local(view2), generator=generator)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        model.update(out.keys, momentum=momentum(step + 1))
+        trace.losses.append(float(dist.all_reduce_sum(out.loss.detach())) / dist.world_size())
+    trace.query_encoder = weights(model)
+    if "queue.keys" in model.state_dict():
+        trace.queue, trace.pointer = model.state_dict()["queue.keys"], int(model.state_dict()["queue.pointer"])
+    return trace
+
+
+def assert_same_training(ours: Trace, theirs: Trace, *, within: float = 1e-10) -> None:
+    """Losses, key encoders of every step, query encoder and queue to `within`; the pointer exactly."""
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=0, atol=within)
+    for step, (own, other) in enumerate(zip(ours.key_encoders, theirs.key_encoders, strict=True)):
+        for name, value in own.items():
+            expected = other.get(f"query_encoder.{name}", other.get(name))
+            torch.testing.assert_close(value, expected, rtol=0, atol=within, msg=lambda m, s=step: f"step {s}: {m}")
+    for name, value in ours.query_encoder.items():
+        torch.testing.assert_close(value, theirs.query_encoder[name].detach(), rtol=0, atol=within)
+    torch.testing.assert_close(ours.queue, theirs.queue, rtol=0, atol=within, check_dtype=len(ours.queue) > 0)
+    assert ours.pointer == theirs.pointer
