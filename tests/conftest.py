@@ -4,6 +4,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes share the cores. Set before torch is loaded, so that processes which tests start inherit it.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -25,3 +31,66 @@ def moco_data() -> Path:
     if "MOCO_DATA" not in os.environ:
         pytest.skip("needs real images: set MOCO_DATA to a folder that holds cifar10/ and photos/")
     return Path(os.environ["MOCO_DATA"])
+
+SPAWNER = """
+import json, os, random, sys
+import matplotlib.figure, numpy, sklearn.datasets, torch
+import moco.auto, moco.pretrain
+from moco.cli import main
+
+for line in sys.stdin:
+    folder, arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        random.seed(), numpy.random.seed(), torch.seed()  # as chance would have it, and not as the parent has it
+        sys.exit(main(arguments))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Command:
+    """The command line in a process of its own, one at a time.
+
+    It is a copy of a process that has loaded torch already, which spares seconds at each start.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path):
+        self._process, self._folder = process, folder
+        self.pid = 0
+
+    def start(self, *arguments: str | Path) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps([str(self._folder), [str(each) for each in arguments]]) + "\n")
+        self._process.stdin.flush()
+        self.pid = int(self._process.stdout.readline())
+
+    def signal(self, signum: int) -> None:
+        if self.pid:
+            with suppress(ProcessLookupError):  # it may have ended just now
+                os.kill(self.pid, signum)
+
+    def wait(self) -> int:
+        """Its exit code; minus the signal that killed it."""
+        assert self._process.stdout
+        code = int(self._process.stdout.readline())
+        self.pid = 0
+        return code
+
+    @property
+    def stderr(self) -> str:
+        return (self._folder / "stderr").read_text()
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Generator[Command]:
+    with subprocess.Popen(
+        [sys.executable, "-c", SPAWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        command = Command(process, tmp_path_factory.mktemp("command"))
+        yield command
+        command.signal(signal.SIGKILL)
+        assert process.stdin
+        process.stdin.close()

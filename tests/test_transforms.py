@@ -146,9 +146,9 @@ def test_blur_of_an_image_smaller_than_its_kernel_keeps_the_mean_level():
 def test_blur_is_near_pillows():
     """Pillow approximates the Gaussian by three box filters, in whole grey levels, and repeats the border's pixels.
 
-    Measured, in grey levels: on smooth images the mean difference is at most 0.4 and the largest 2.7. White noise is the
-    worst case; there the mean is at most 3.7 from sigma 0.5 up, and below, where the boxes hardly blur, 10.1 (sigma
-    0.3). On two photographs of 224 pixels the mean was at most 0.7, the largest 22, at the border.
+    Measured, in grey levels: on smooth images the mean difference is at most 0.4 and the largest 2.7. White noise is
+    the worst case; there the mean is at most 3.7 from sigma 0.5 up, and below, where the boxes hardly blur, 10.1
+    (sigma 0.3). On two photographs of 224 pixels the mean was at most 0.7, the largest 22, at the border.
     """
     for make, sigmas, mean, largest in (
         (smooth, (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0), 0.5, 4),
@@ -164,7 +164,9 @@ def test_blur_is_near_pillows():
             assert difference.mean() < mean and difference.max() < largest, (make.__name__, sigma, difference.mean())
 
 
-@pytest.mark.parametrize("height, width, size", [(48, 64, 32), (67, 48, 32), (16, 20, 32), (500, 375, 224), (40, 49, 32)])
+@pytest.mark.parametrize(
+    "height, width, size", [(48, 64, 32), (67, 48, 32), (16, 20, 32), (500, 375, 224), (40, 49, 32)]
+)
 def test_centred_equals_torchvisions_resize_and_centre_crop_with_pillow(height, width, size):
     images = torch.cat([noise(1, 3, height, width), tv.resize(noise(1, 3, 9, 9), [height, width])])
     got = centred(images, size)

@@ -1,9 +1,10 @@
 """Settings for somebody's own images: from their size and number and from the machine, each with its reason."""
 
 import statistics
+from contextlib import suppress
 
 from moco.config import DataConfig, PretrainConfig, parse_config
-from moco.data import ArrayImages, Splits, load_data
+from moco.data import ArrayImages, BadImage, FileImages, Splits, load_data
 from moco.engine import choose_accelerator
 
 SMALL = 64
@@ -22,7 +23,7 @@ def auto_config(data: DataConfig, given: Splits | None = None) -> tuple[Pretrain
         The settings, and one line for each choice that says why.
 
     Raises:
-        ValueError: fewer than 16 images.
+        ValueError: fewer than 16 images, or none that can be read.
     """
     images = (given or load_data(data)).train
     number = len(images)
@@ -31,8 +32,7 @@ def auto_config(data: DataConfig, given: Splits | None = None) -> tuple[Pretrain
     if isinstance(images, ArrayImages):
         side = min(images.images.shape[2:])
     else:
-        sampled = [images.decode(index) for index in range(0, number, max(1, number // SAMPLED))]
-        side = int(statistics.median(min(image.shape[1:]) for image in sampled))
+        side = _usual_side(images)
     accelerated = choose_accelerator("auto") != "cpu"
     small = side <= SMALL
     size = max(8, side // 8 * 8) if small else 224 if accelerated else 96
@@ -48,7 +48,7 @@ def auto_config(data: DataConfig, given: Splits | None = None) -> tuple[Pretrain
     where = "this accelerator" if accelerated else "this processor"
     reasons = [
         f"--views.size {size}: the images have about {side} pixels on their short side"
-        + ("" if small or size == side else f", and {size} is what {where} can train on"),
+        + ("" if size == side else ", kept but for a multiple of 8" if small else f", and {size} suits {where}"),
         f"--model.backbone {backbone}: for {where}",
         f"--model.stem {'small' if small else 'imagenet'}: images {'up to' if small else 'over'} {SMALL} pixels",
         f"--views.recipe {'cifar: no blur, which small images do not bear' if small else 'v2: as published'}",
@@ -75,3 +75,16 @@ def auto_config(data: DataConfig, given: Splits | None = None) -> tuple[Pretrain
         "monitor": {"every": max(1, epochs // 20)},
     }
     return parse_config(settings), reasons
+
+
+def _usual_side(images: FileImages) -> int:
+    """Median of the short sides of some images; those that cannot be read are passed over, as in training."""
+    sides: list[int] = []
+    for index in range(0, len(images), max(1, len(images) // SAMPLED)):
+        with suppress(BadImage):
+            sides.append(min(images.decode(index).shape[1:]))
+    if not sides:
+        raise ValueError(
+            f"none of the images looked at can be read, such as {images.paths[0]!r}; expected whole images"
+        )
+    return int(statistics.median(sides))

@@ -109,6 +109,11 @@ class SplitBatchNorm2d(_TrackedNorm):
         if not self.training:
             return self.after(self._plain(x))
         sizes = group_sizes(len(x), self.num_splits)
+        if min(sizes) * x[0, 0].numel() < 2:
+            raise ValueError(
+                f"{len(x)} images in {self.num_splits} batch-norm groups leave one with a single value a channel; "
+                "expected at least 2: lower bn_splits or raise the batch size"
+            )
         if not self.grouped:
             order = grouped_order(len(x), self.num_splits, x.device)
             x = x[order]

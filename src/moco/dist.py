@@ -6,7 +6,7 @@ image of the global batch as a batch-norm group then means the same on one proce
 
 import torch
 import torch.distributed as torch_dist
-from jaxtyping import Shaped
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 
@@ -31,6 +31,14 @@ def gather(x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
 def local(x: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "n ..."]:
     """This rank's rows of a global batch."""
     return x[rank() :: world_size()]
+
+
+def permutation(n: int, device: torch.device, generator: torch.Generator | None) -> Int64[Tensor, " n"]:
+    """A random order, the same on all ranks: from a generator that is the same there, else rank 0's."""
+    order = torch.randperm(n, generator=generator).to(device, non_blocking=True)
+    if generator is None and world_size() > 1:
+        torch_dist.broadcast(order, src=0)
+    return order
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -135,10 +135,13 @@ def build_backbone(
         if name.startswith(("resnet", "wide_resnet", "resnext")):
             options["zero_init_last"] = zero_init_last
         backbone = timm.create_model(name, pretrained=pretrained, **options)
-    elif name in torchvision.models.list_models():
+    elif name in torchvision.models.list_models(module=torchvision.models):  # its classifiers
+        if pretrained or (channels != 3 and stem != "small"):
+            given = "pretrained weights" if pretrained else f"{channels} channels"
+            raise ValueError(f"backbone {name!r} is torchvision's, which comes without {given} here; use one of timm's")
         backbone = _without_classifier(torchvision.models.get_model(name))
     else:
-        known = [*BACKBONES, *timm.list_models(), *torchvision.models.list_models()]
+        known = [*BACKBONES, *timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
         near = difflib.get_close_matches(name, known, n=3)
         raise ValueError(
             f"unknown backbone {name!r}: expected a model name of timm or torchvision"
@@ -166,10 +169,12 @@ def _without_classifier(model: nn.Module) -> nn.Module:
         head = getattr(model, attribute, None)
         if head is not None:
             linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
+            if not linear:
+                break
             setattr(model, attribute, nn.Identity())
             model.num_features = linear[0].in_features
             return model
-    raise ValueError(f"cannot find the classifier of {type(model).__name__}; expected fc, classifier, head or heads")
+    raise ValueError(f"cannot find the classifier of {type(model).__name__}; expected a linear layer in fc, classifier, head or heads")
 
 
 def linear_head(features: int, dim: int) -> nn.Module:

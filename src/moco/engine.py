@@ -1,8 +1,11 @@
 """EngineConfig -> Lightning Fabric: devices, nodes, precision; and the signals that stop a run in good order."""
 
+import logging
 import os
 import signal
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -104,17 +107,30 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
         torch.use_deterministic_algorithms(True)
     devices = 1 if config.accelerator == "cpu" and config.devices == "auto" else config.devices
     several = config.nodes > 1 or devices != 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
-    fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=devices,
-        num_nodes=config.nodes,
-        # All ranks hold the same queue already; broadcasting it would cost 33 MB a step at K = 65,536.
-        strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
-        precision=_FABRIC_PRECISION[config.precision],
-        loggers=[TensorBoardLogger(folder, name="tensorboard", version="") for _ in loggers],
-    )
+    with _fabric_unheard():
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=devices,
+            num_nodes=config.nodes,
+            # All ranks hold the same queue already; broadcasting it would cost 33 MB a step at K = 65,536.
+            strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
+            precision=_FABRIC_PRECISION[config.precision],
+            loggers=[TensorBoardLogger(folder, name="tensorboard", version="") for _ in loggers],
+        )
     fabric.launch()
     return fabric
+
+
+@contextmanager
+def _fabric_unheard() -> Generator[None]:
+    """Without its remarks on stderr, where a command says what it has to say in words of its own."""
+    logger = logging.getLogger("lightning_fabric")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class StopSignal:

@@ -1,12 +1,13 @@
 """Pictures, each returned as a figure."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart with any colour vision.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
+BLACK, BLUE, ORANGE, GREEN, GREY = "#000000", "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 
 
 def curves(rows: Sequence[dict[str, float]], *, chance: float, floor: float, baselines: dict[str, float]) -> Figure:
@@ -56,6 +57,50 @@ def curves(rows: Sequence[dict[str, float]], *, chance: float, floor: float, bas
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.set_xlabel("epoch")
         axes.margins(x=0.01)
+    return figure
+
+
+class Neighbours(NamedTuple):
+    """One row of the retrieval figure; pictures are uint8 `[h, w]` or `[h, w, 3]`."""
+
+    query: np.ndarray
+    title: str
+    nearest: list[tuple[np.ndarray, str]]
+    farthest: list[tuple[np.ndarray, str]]
+
+
+def neighbours(rows: Sequence[Neighbours]) -> Figure:
+    """Each query with the images that the encoder finds most and least like it, and how alike.
+
+    Args:
+        rows: one per query, all with equally many neighbours.
+    """
+    near, far = len(rows[0].nearest), len(rows[0].farthest)
+    columns = 1 + near + far
+    widths = [1.0, 0.3, *[1.0] * near, 0.3, *[1.0] * far]
+    figure = Figure(figsize=(1.05 * columns + 0.6, 1.36 * len(rows) + 0.45), dpi=120, facecolor="white")
+    grid = figure.add_gridspec(
+        len(rows), columns + 2, width_ratios=widths, left=0.02, right=0.98, top=1 - 0.5 / (1.36 * len(rows) + 0.45),
+        bottom=0.02, wspace=0.08, hspace=0.32,
+    )  # fmt: skip
+    for number, row in enumerate(rows):
+        cells = [(0, row.query, row.title, BLACK)]
+        cells += [(2 + place, picture, title, BLUE) for place, (picture, title) in enumerate(row.nearest)]
+        cells += [(3 + near + place, picture, title, ORANGE) for place, (picture, title) in enumerate(row.farthest)]
+        for column, picture, title, colour in cells:
+            axes = figure.add_subplot(grid[number, column])
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_title(title, fontsize=8, color=colour, pad=2.5)
+            axes.set_axis_off()
+    middle = figure.transFigure
+    total, y = sum(widths), 1 - 0.2 / (1.36 * len(rows) + 0.45)
+    for start, width, text, colour in (
+        (0, 1, "image", BLACK),
+        (1.3, near, "most similar", BLUE),
+        (1.6 + near, far, "least similar", ORANGE),
+    ):
+        centre = 0.02 + 0.96 * (start + width / 2) / total
+        figure.text(centre, y, text, color=colour, ha="center", va="center", fontsize=11, transform=middle)
     return figure
 
 

@@ -105,7 +105,7 @@ class MoCo(nn.Module, ABC):
             return dist.gather(normalize(self.key_encoder(view)))
         across = self.shuffle == "ranks"
         images = dist.gather(view) if across else view
-        order = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
+        order = dist.permutation(len(images), images.device, generator)
         keys = normalize(self.key_encoder(images[dist.local(order) if across else order]))
         keys = dist.gather(keys) if across else keys
         restored = torch.empty_like(keys).index_copy_(0, order, keys)

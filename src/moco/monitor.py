@@ -8,19 +8,23 @@ import platform
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from moco import dist
 from moco.config import PretrainConfig
-from moco.data import Images, Splits
+from moco.data import Images, Splits, resized
 from moco.embed import features, pixels
 from moco.encoder import ImageEncoder
 from moco.evaluate import HeldOut, held_out
 from moco.evaluate.knn import few_label_accuracy, knn_accuracy
-from moco.figures import curves
+from moco.figures import Neighbours, curves, neighbours
 from moco.model import MoCo, Output
 from moco.run import Run, write_atomically
 from moco.variants import choose_batchnorm, loss_range
@@ -47,6 +51,8 @@ TIMES = ("images_per_second", "data_wait", "train_seconds", "cpu_seconds")
 """Columns that differ from run to run; all others are equal to the last bit."""
 MAX_BANK, MAX_QUERIES = 50_000, 5_000
 """Images that vote and that are asked about while training; evenly spaced ones of a larger set."""
+MAX_PICTURED, NUM_PICTURED, NUM_NEIGHBOURS = 5_000, 5, 5
+"""Images that neighbours are looked for among; queries drawn, and neighbours of each at either end."""
 MAX_CLASSES_FEW = 100
 """Few-label accuracy is taken for at most so many classes."""
 
@@ -276,6 +282,35 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def draw_neighbours(run: Run, monitor: Monitor, images: Images) -> None:
+    """Writes neighbours.png: a few images with those that the encoder finds most and least like them."""
+    bank = _evenly(images, MAX_PICTURED) if monitor.final is None else _evenly(monitor.final.train, MAX_PICTURED)
+    asked = bank if monitor.final is None else _evenly(monitor.final.test, MAX_QUERIES)
+    chosen = asked.select(torch.linspace(0, len(asked) - 1, 2 * NUM_PICTURED + 1).long()[1::2])
+    vectors, queries = (
+        F.normalize(features(monitor.encoder, each, precision=monitor.config.engine.precision), dim=1)
+        for each in (bank, chosen)
+    )
+    rows = []
+    for number, similarity in enumerate(queries @ vectors.T):
+        order = similarity.argsort(descending=True)
+        order = order[1:] if asked is bank else order  # not the query itself
+        near, far = order[:NUM_NEIGHBOURS].tolist(), order[-NUM_NEIGHBOURS:].tolist()
+        titled = [[(_picture(bank, i), f"{_class(bank, i)}{similarity[i]:.2f}") for i in part] for part in (near, far)]
+        rows.append(Neighbours(_picture(chosen, number), _class(chosen, number).rstrip(), *titled))
+    _write_figure(neighbours(rows), run.path / "neighbours.png")
+
+
+def _picture(images: Images, index: int) -> np.ndarray:
+    return resized(images, [index], size=max(16, min(128, min(images.decode(index).shape[1:]))))[0].movedim(0, 2).numpy()
+
+
+def _class(images: Images, index: int) -> str:
+    if images.labels is None or images.classes is None:
+        return ""
+    return images.classes[int(images.labels[index])][:12] + " "
+
+
 def draw_curves(run: Run) -> None:
     """Writes curves.png from metrics.csv."""
     chance, floor = loss_range(run.config.model, run.config.batch_size)
@@ -283,6 +318,10 @@ def draw_curves(run: Run) -> None:
         who: row["knn_top1"] for who, row in run.results.items() if who != "trained encoder" and "knn_top1" in row
     }
     figure = curves(run.metrics, chance=chance, floor=floor, baselines=levels)
+    _write_figure(figure, run.path / "curves.png")
+
+
+def _write_figure(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_atomically(run.path / "curves.png", lambda file: file.write(buffer.getvalue()))
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))

@@ -33,6 +33,7 @@ from moco.monitor import (
     build_monitor,
     cautions,
     draw_curves,
+    draw_neighbours,
     environment,
     spread,
 )
@@ -91,7 +92,8 @@ def pretrain(
         Run.refuse_taken(path)
     state = checkpoint.load(earlier.last) if earlier else None
     fabric = build_fabric(config.engine, config.monitor.loggers, path)
-    training = prepare(config, _images(config, data), fabric)
+    splits = _images(config, data)
+    training = prepare(config, splits, fabric)
     if state:
         training.restore(state, path)
     run = earlier or (Run.create(path, config) if dist.rank() == 0 else Run(path, config))
@@ -108,6 +110,7 @@ def pretrain(
         if dist.rank() == 0:
             run.write_json("results.json", run.results | {"trained encoder": training.monitor.measure()})
             draw_curves(run)
+            draw_neighbours(run, training.monitor, splits.train)
     return run
 
 

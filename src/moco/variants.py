@@ -2,14 +2,21 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+from pydantic import ValidationError
 from torch import nn
 
 from moco import batchnorm, dist
-from moco.config import ModelConfig
+from moco.config import ModelConfig, explain
 from moco.encoder import Encoder, build_backbone, linear_head, mlp_bn_head, mlp_head, num_features, v3_mlp
 from moco.model import BatchMoCo, KeyQueue, MoCo, QueueMoCo
+
+# Where a paper's value for ImageNet is not `ModelConfig`'s default, which is v2's.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "v1": {"temperature": 0.07},
+    "v3": {"dim": 256, "queue_size": 0, "temperature": 1.0},
+}
 
 
 def create_model(
@@ -66,11 +73,13 @@ def create_model(
         "bn_splits": bn_splits,
         "pretrained": pretrained,
     }
-    defaults = {"dim": 256, "queue_size": 0, "temperature": 1.0} if variant == "v3" else {}
-    chosen = defaults | {name: value for name, value in given.items() if value is not None}
+    chosen = PUBLISHED.get(variant, {}) | {name: value for name, value in given.items() if value is not None}
     if isinstance(backbone, str):
         chosen["backbone"] = backbone
-    config = ModelConfig.model_validate({"variant": variant} | chosen)
+    try:
+        config = ModelConfig.model_validate({"variant": variant} | chosen)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from None
     return build_model(config, backbone=backbone if isinstance(backbone, nn.Module) else None, channels=channels)
 
 
@@ -111,6 +120,8 @@ _SHUFFLES: dict[str, Literal["device", "ranks"]] = {"split": "device", "shuffle"
 
 
 def _queue_variant(config: ModelConfig, backbone: nn.Module, head: str) -> QueueMoCo:
+    if not config.queue_size:
+        raise ValueError(f"queue_size is 0; {config.variant} takes its negatives from a queue: give it at least 1 key")
     features, kind = num_features(backbone), choose_batchnorm(config)
     head = head if config.head == "variant" else config.head
     if head == "linear":

@@ -1,7 +1,8 @@
 """Two random views of a whole batch at once, on the device.
 
 Every random number is a hash of (seed, epoch, image id, view, draw): an image's views do not depend on what else is in
-the batch, what ran before, or the device. That is what makes a resumed run see the same views.
+the batch, what ran before, or the device. That is what makes a resumed run see the same views. (Of tiny views, and on
+an accelerator, a library may round the last bit otherwise when the batch has another size.)
 
 Operations follow torchvision's functional forms, on floats in [0, 1]. The recipes are those of MoCo v1, v2, v3 and of
 the official CIFAR notebook, in their order of operations.
@@ -71,13 +72,12 @@ def view_specs(config: ViewsConfig) -> tuple[ViewSpec, ViewSpec]:
     """The two views of a recipe by name, or of a function of yours that returns them (`package.module:function`).
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a function that is not there or returns something else.
     """
     if config.recipe in VIEWS:
         specs = VIEWS[config.recipe]()
     elif ":" in config.recipe:
-        module, _, function = config.recipe.partition(":")
-        specs = getattr(importlib.import_module(module), function)()
+        specs = _imported(config.recipe)
     else:
         near = difflib.get_close_matches(config.recipe, VIEWS, n=1)
         raise ValueError(
@@ -87,6 +87,20 @@ def view_specs(config: ViewsConfig) -> tuple[ViewSpec, ViewSpec]:
     if config.crop_min is not None:
         first, second = (replace(spec, crop_scale=(config.crop_min, spec.crop_scale[1])) for spec in specs)
         specs = first, second
+    return specs
+
+
+def _imported(name: str) -> tuple[ViewSpec, ViewSpec]:
+    module, _, function = name.partition(":")
+    try:
+        recipe = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"views.recipe {name!r} cannot be imported ({error}); expected package.module:function, on the Python path"
+        ) from error
+    specs = recipe()
+    if not (isinstance(specs, tuple) and len(specs) == 2 and all(isinstance(spec, ViewSpec) for spec in specs)):
+        raise ValueError(f"views.recipe {name!r} returns {specs!r:.80}; expected a pair of moco.views.ViewSpec")
     return specs
 
 
@@ -226,7 +240,9 @@ class TwoViews:
         first, second = (self._view(wide[:, number], ids, epoch, number, cropped=True) for number in (0, 1))
         return first, second
 
-    def _view(self, images: Batch, ids: Tensor, epoch: int, number: int, *, cropped: bool = False) -> Batch:
+    def _view(
+        self, images: Batch, ids: Tensor, epoch: int, number: int, *, cropped: bool = False
+    ) -> Float[Tensor, "n c s s"]:
         spec = self.specs[number]
         p = parameters(draws(ids, seed=self.seed, epoch=epoch, view=number), spec, *images.shape[2:])
 

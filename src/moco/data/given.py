@@ -24,15 +24,24 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
         ValueError: none of these, no images, or images of several sizes.
     """
     if isinstance(given, ArrayImages | FileImages):
+        has = given.images.shape[1] if isinstance(given, ArrayImages) else given.channels
+        if has != channels:
+            raise ValueError(
+                f"images have {has} channels; expected {channels}: load them with --data.channels {channels}"
+            )
         return given
     labels = None
     if isinstance(given, np.ndarray):
-        pixels = torch.from_numpy(given)
+        if given.dtype != np.uint8:
+            raise ValueError(f"images are {given.dtype} of shape {given.shape}; expected uint8 [n, h, w, c], n > 0")
+        # torch refuses reversed axes and warns of read-only memory, such as a mapped file's.
+        shareable = given.flags.writeable and min(given.strides) >= 0
+        pixels = torch.from_numpy(given if shareable else given.copy())
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(-1, 1)
     elif isinstance(given, Tensor):
         pixels = given[:, None] if given.ndim == 3 else given
     elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, str | bytes | dict):
-        pixels, labels = _from_sequence(given)
+        pixels, labels = _from_sequence(given, channels)
     else:
         raise ValueError(
             f"images are {type(given).__name__}; expected a tensor, an array, a list of PIL images or a Dataset"
@@ -49,15 +58,15 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
     return ArrayImages(pixels.contiguous(), labels, classes, tuple(str(number) for number in range(len(pixels))))
 
 
-def _from_sequence(given: Any) -> tuple[Tensor, Tensor | None]:
+def _from_sequence(given: Any, channels: int) -> tuple[Tensor, Tensor | None]:
     pictures, labels = [], []
     for index in range(len(given)):
         item = given[index]
         if isinstance(item, tuple | list) and len(item) == 2:
             item, label = item
-            labels.append(int(label))
+            labels.append(-1 if label is None else int(label))
         if isinstance(item, Image.Image):
-            array = np.array(item.convert("L" if item.mode in ("1", "L", "I;16") else "RGB"))
+            array = np.array(item.convert("L" if channels == 1 else "RGB"))
             item = torch.from_numpy(array).reshape(*array.shape[:2], -1).movedim(2, 0)
         if not isinstance(item, Tensor):
             raise ValueError(
@@ -66,9 +75,11 @@ def _from_sequence(given: Any) -> tuple[Tensor, Tensor | None]:
         pictures.append(item)
         if item.shape != pictures[0].shape:
             raise ValueError(
-                f"image {index} is {tuple(item.shape)}, the first {tuple(pictures[0].shape)}; expected one size: resize them, "
-                "or put them into a folder, where sizes may differ"
+                f"image {index} is {tuple(item.shape)}, the first {tuple(pictures[0].shape)}; expected one size: "
+                "resize them, or put them into a folder, where sizes may differ"
             )
     if not pictures:
         raise ValueError("there are no images in the list; expected at least one")
-    return torch.stack(pictures), torch.tensor(labels) if len(labels) == len(pictures) else None
+    # Datasets mark a picture without label by None or -1.
+    labelled = len(labels) == len(pictures) and min(labels) >= 0
+    return torch.stack(pictures), torch.tensor(labels) if labelled else None

@@ -1,0 +1,267 @@
+"""A run that was killed and continued ends with the same bits as one that was left alone: checked on real processes."""
+
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from conftest import Command
+from moco.cli import main
+from moco.monitor import TIMES
+from moco.run import Run
+
+SETTINGS = {
+    "epochs": 2,
+    "steps": 33,  # of 44: the end, too, is in the middle of an epoch
+    "batch_size": 64,
+    "data": {"source": "digits", "channels": 1},
+    "views": {"recipe": "digits", "size": 8},
+    "model": {"backbone": "resnet-tiny", "stem": "small", "dim": 16, "queue_size": 256, "momentum": 0.9},
+    "monitor": {"knn_k": 20, "log_every": 3, "save_every": 0.15},
+    "engine": {"accelerator": "cpu", "precision": "fp32", "threads": 1},
+}
+BF16_V3 = {
+    "steps": 26,
+    "model": SETTINGS["model"]
+    | {"variant": "v3", "queue_size": 0, "hidden_dim": 32, "momentum_schedule": "cosine", "temperature": 1.0},
+    "optim": {"name": "adamw", "base_lr": 1e-3, "warmup_epochs": 1},
+    "engine": {"accelerator": "cpu", "precision": "bf16", "threads": 1},
+}
+
+
+def recipe(folder: Path, changed: dict[str, object]) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | changed))
+    return path
+
+
+def wait_for_step(run: Path, step: int, *, at_most: float = 120) -> None:
+    """Until metrics.csv has a row of that step."""
+    end = time.monotonic() + at_most
+    while time.monotonic() < end:
+        # By hand: the last line may be half written.
+        lines = (run / "metrics.csv").read_text().splitlines()[1:] if (run / "metrics.csv").is_file() else []
+        steps = [int(line.split(",")[0]) for line in lines if line.count(",") > 5]
+        if steps and steps[-1] >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"no step {step} within {at_most} s")
+
+
+def flat(value: object, name: str = "") -> dict[str, object]:
+    """All leaves of a checkpoint by their path in it."""
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list | tuple):
+        pairs = enumerate(value)
+    else:
+        return {name: value}
+    return {leaf: each for key, inner in pairs for leaf, each in flat(inner, f"{name}/{key}").items()}
+
+
+def assert_equal_checkpoints(one: Path, other: Path, *, but_for: str | None = None) -> None:
+    left, right = (torch.load(path, weights_only=True) for path in (one, other))
+    for state in (left, right):
+        del state["clock"], state["config"]["monitor"]["save_every"]
+        state["random"].pop(but_for, None)
+    left, right = flat(left), flat(right)
+    assert left.keys() == right.keys()
+    parts = {name.split("/")[1] for name in left}
+    assert {"model", "optimizer", "random", "meter", "step", "best"} <= parts
+    for name, value in left.items():
+        if isinstance(value, Tensor):
+            assert isinstance(right[name], Tensor) and value.dtype == right[name].dtype
+            assert torch.equal(value, right[name]), name
+        else:
+            assert value == right[name], name
+
+
+def assert_equal_runs(one: Path, other: Path, *, but_for: str | None = None) -> None:
+    """To the last bit, but for the times, and this random generator if one is named."""
+    for name in ("last.ckpt", "best.ckpt"):
+        assert_equal_checkpoints(one / "checkpoints" / name, other / "checkpoints" / name, but_for=but_for)
+    left, right = (table_without_times(run) for run in (one, other))
+    assert left == right and len(left) > 10
+    for name in ("encoder.safetensors", "config.json", "results.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert not list(other.rglob("*.partial"))
+
+
+def table_without_times(run: Path) -> list[list[str]]:
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    kept = [index for index, name in enumerate(rows[0]) if name not in TIMES]
+    assert len(kept) == len(rows[0]) - len(TIMES)
+    return [[row[index] for index in kept] for row in rows]
+
+
+def kill_and_continue(
+    start: Callable[..., None], kill: Callable[[], int], run: Path, first: tuple[str | Path, ...], steps: list[int]
+) -> None:
+    """Kills the command a moment after each of these steps, continues it, and leaves it when it is past them."""
+    arguments, chance = first, random.Random(0)
+    for step in steps:
+        start(*arguments)
+        wait_for_step(run, step)
+        time.sleep(chance.uniform(0, 0.1))
+        assert kill() == -signal.SIGKILL
+        arguments = ("pretrain", "--resume", run)
+    start(*arguments)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command.start("pretrain", recipe(folder, {}), "--out", folder / "run")
+    assert command.wait() == 0, command.stderr
+    return folder / "run"
+
+
+def killed(command: Command, folder: Path, changed: dict[str, object], steps: list[int]) -> Path:
+    def kill() -> int:
+        command.signal(signal.SIGKILL)
+        return command.wait()
+
+    run = folder / "killed"
+    kill_and_continue(command.start, kill, run, ("pretrain", recipe(folder, changed), "--out", run), steps)
+    assert command.wait() == 0, command.stderr
+    return run
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
+    command: Command, undisturbed: Path, tmp_path: Path
+) -> None:
+    steps = sorted(random.Random(1).sample(range(4, 28), 3))
+    assert_equal_runs(undisturbed, killed(command, tmp_path, {}, steps))
+
+
+def test_so_does_one_of_v3_in_bf16(command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command.start("pretrain", recipe(tmp_path, BF16_V3), "--out", run)
+    assert command.wait() == 0, command.stderr
+    assert_equal_runs(run, killed(command, tmp_path, BF16_V3, [random.Random(2).randrange(5, 20)]))
+
+
+@pytest.mark.slow
+def test_so_does_one_of_files_that_workers_read_started_as_people_do(moco_data: Path, tmp_path: Path) -> None:
+    changed = {
+        "data": {"source": str(moco_data / "photos"), "memory": 1e-6, "workers": 2},
+        "views": {"recipe": "v2", "size": 32},
+        "model": SETTINGS["model"] | {"symmetric": True},
+        "epochs": 4,
+    }
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(*arguments: str | Path) -> None:
+        nonlocal process
+        process = subprocess.Popen([sys.executable, "-m", "moco.cli", *map(str, arguments)])
+
+    def kill() -> int:
+        assert process
+        process.kill()
+        return process.wait()
+
+    for name, steps in (("run", []), ("killed", [5, 11])):
+        first = ("pretrain", recipe(tmp_path, changed), "--out", tmp_path / name)
+        kill_and_continue(start, kill, tmp_path / name, first, steps)
+        assert process and process.wait() == 0
+    assert_equal_runs(tmp_path / "run", tmp_path / "killed")
+
+
+def test_sigterm_and_ctrl_c_save_first_and_say_how_to_go_on(
+    command: Command, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "my run"
+    arguments = ["pretrain", str(recipe(tmp_path, {})), "--out", str(run)]
+    for signum, step in ((signal.SIGTERM, 6), (signal.SIGINT, 24)):
+        # No other checkpoints than those of the signals.
+        command.start(*arguments, "--monitor.save_every", "3600")
+        wait_for_step(run, step)
+        command.signal(signum)
+        assert command.wait() == 128 + signum
+        assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["step"] >= step
+        before, _, after = command.stderr.strip().splitlines()[-1].partition("moco pretrain ")
+        assert before == f"moco: stopped by {signum.name}; saved; continue with: "
+        arguments = ["pretrain", *shlex.split(after)]
+    command.start(*arguments)
+    assert command.wait() == 0
+    assert_equal_runs(undisturbed, run)
+
+
+def test_a_signal_during_knn_loses_nothing(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moco.monitor import Monitor
+
+    knn, run = Monitor.knn, tmp_path / "run"
+
+    def interrupted(monitor: Monitor) -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        return knn(monitor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Monitor, "knn", interrupted)
+        assert main(["pretrain", str(recipe(tmp_path, {})), "--out", str(run)]) == 128 + signal.SIGTERM
+    assert Run.open(run).metrics[-1]["knn_top1"] > 50
+    assert main(["pretrain", "--resume", str(run)]) == 0
+    # The check of types in this process picks at random which items of a list it looks at.
+    assert_equal_runs(undisturbed, run, but_for="python")
+
+
+def test_a_second_ctrl_c_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moco.monitor import Monitor
+
+    def impatient(monitor: Monitor) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(Monitor, "knn", impatient)
+    run, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    arguments = ["pretrain", str(recipe(tmp_path, {"monitor": {"save_every": 3600}})), "--out", str(run)]
+    assert main([*arguments, "--steps", "1"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.splitlines()[-1] == "moco: stopped by SIGINT"
+    assert not list((run / "checkpoints").iterdir())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_finished_run_continued_stays_as_it_is(undisturbed: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.name != "log.txt" and path.is_file()}
+    assert main(["pretrain", "--resume", str(undisturbed)]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_rows_past_the_checkpoint_and_half_a_row_are_cut(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["pretrain", str(recipe(tmp_path, {})), "--out", str(run)]
+    assert main([*arguments, "--steps", "8"]) == 0
+    with (run / "metrics.csv").open("a") as file:
+        file.write("9,0.4,1,1,1,1,1,1,1,1,,,1,1,1,1\n12,0.5,7.25")
+    (run / "checkpoints" / ".last.ckpt.x.partial").write_text("begun by a process that was killed")
+    assert main(["pretrain", "--resume", str(run), "--steps", "12"]) == 0
+    assert [row["step"] for row in Run.open(run).metrics] == [3, 6, 8, 9, 12]
+    # Step 8 was an end, so the means of step 9 begin anew; from then on it is as if nothing had been.
+    assert table_without_times(run)[5][:9] == table_without_times(undisturbed)[4][:9]
+    assert not list(run.rglob("*.partial"))
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moco.config import load_recipe
+
+    run = Run.create(tmp_path / "run", load_recipe(str(recipe(tmp_path, {}))))
+    assert main(["pretrain", "--resume", str(run.path)]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"moco: {run.last} does not exist; the run was stopped before its first checkpoint")
+    assert line.count("\n") == 1
