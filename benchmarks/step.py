@@ -33,8 +33,8 @@ from torch import nn
 from moco.config import parse_config
 from moco.data import ArrayImages, Splits
 from moco.engine import build_fabric, resolve
-from moco.pretrain import Training, prepare
 from moco.run import MetricsWriter
+from moco.training import Training, prepare
 
 BATCH, QUEUE, DIM, NUM_IMAGES = 256, 4096, 128, 2048
 PARTS = ("query forward", "key forward", "backward", "views", "optimizer", "key update", "loss and the rest")
@@ -77,7 +77,7 @@ class Timer:
         self.seconds: dict[str, float] = {}
 
     def wrap(self, name: str, function: Callable) -> Callable:
-        def timed(*arguments, **named):  # noqa: ANN002, ANN003: whatever the wrapped one takes
+        def timed(*arguments, **named):
             start = time.perf_counter()
             result = function(*arguments, **named)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

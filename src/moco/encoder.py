@@ -174,7 +174,9 @@ def _without_classifier(model: nn.Module) -> nn.Module:
             setattr(model, attribute, nn.Identity())
             model.num_features = linear[0].in_features
             return model
-    raise ValueError(f"cannot find the classifier of {type(model).__name__}; expected a linear layer in fc, classifier, head or heads")
+    raise ValueError(
+        f"{type(model).__name__} has no classifier known here; expected a linear layer in fc, classifier, head or heads"
+    )
 
 
 def linear_head(features: int, dim: int) -> nn.Module:

@@ -1,6 +1,6 @@
 """The training loop, on one page; everything under it is Lightning Fabric.
 
-`pretrain` sets up, `Training.step` is one step of momentum contrast, `_train` is the loop around it.
+`pretrain` sets up, `_train` is the loop, `moco.training.Training.step` is one step of momentum contrast.
 """
 
 import logging
@@ -8,39 +8,20 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
-from lightning_fabric import Fabric
-from torch import Tensor
 
 from moco import checkpoint, dist
 from moco.auto import auto_config
 from moco.batchnorm import average_running_statistics
+from moco.briefing import briefing, cautions, environment
 from moco.config import DataConfig, PretrainConfig, load_recipe, merge
-from moco.data import ArrayImages, Loader, Splits, as_images, load_data
-from moco.encoder import Encoder, ImageEncoder
+from moco.data import Splits, as_images, load_data
 from moco.engine import Stopped, StopSignal, build_fabric, resolve
-from moco.model import MoCo
-from moco.monitor import (
-    COLUMNS,
-    Clock,
-    Meter,
-    Monitor,
-    briefing,
-    build_monitor,
-    cautions,
-    draw_curves,
-    draw_neighbours,
-    environment,
-    spread,
-)
-from moco.optim import build_optimizer, key_momentum, learning_rate, resolved_lr, set_lr
+from moco.monitor import COLUMNS, draw_curves, draw_neighbours
+from moco.optim import resolved_lr
 from moco.run import MetricsWriter, Run
-from moco.variants import build_model
-from moco.views import TwoViews, view_specs
+from moco.training import Training, prepare
 
 log = logging.getLogger("moco")
 
@@ -114,98 +95,6 @@ def pretrain(
     return run
 
 
-@dataclass
-class Training:
-    """Everything that a step needs, and how far it has come."""
-
-    config: PretrainConfig
-    fabric: Fabric
-    core: MoCo
-    model: Any  # `core` as Fabric wraps it
-    optimizer: Any
-    views: TwoViews
-    loader: Loader
-    monitor: Monitor
-    num_images: int
-    in_memory: bool
-    mask_own: bool
-    total: int
-    meter: Meter
-    clock: Clock
-    done: int = 0
-    best: float = -1.0
-
-    @property
-    def lr(self) -> float:
-        """Of the next step."""
-        config, per_epoch = self.config, self.loader.steps_per_epoch
-        epochs, batch = config.epochs, config.batch_size
-        return learning_rate(config.optim, self.done, steps_per_epoch=per_epoch, epochs=epochs, batch_size=batch)
-
-    @property
-    def key_momentum(self) -> float:
-        """Of the next update. It comes before the next step's keys in the published order, so it takes that step's."""
-        model, planned = self.config.model, self.config.epochs * self.loader.steps_per_epoch
-        return key_momentum(model.momentum, model.momentum_schedule, self.done + 1, total_steps=planned)
-
-    def step(self, images: Tensor, ids: Tensor, epoch: int) -> None:
-        """Two views, loss, gradient, optimizer; then the key encoder follows and the keys enter the queue."""
-        config, fabric, device = self.config, self.fabric, self.fabric.device
-        set_lr(self.optimizer, self.lr)
-        if self.in_memory:
-            pair = self.views(images, ids, epoch=epoch)
-        else:
-            pair = self.views.finish(images.to(device, non_blocking=True), ids, epoch=epoch)
-        layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
-        dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
-        own = ids.to(device, non_blocking=True) if self.mask_own else None
-        # A function of the step alone: nothing random has to be carried over a resume.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.done)
-        parts, outs = config.optim.accumulate, []
-        for part in range(parts):
-            view1, view2 = (view[part::parts].to(dtype, memory_format=layout) for view in pair)
-            with fabric.no_backward_sync(self.model, enabled=part < parts - 1):
-                out = self.model(view1, view2, ids=None if own is None else own[part::parts], generator=generator)
-                fabric.backward(out.loss / parts)
-            self.meter.add(out, spread(out.keys))
-            outs.append(out)
-        if config.optim.clip_norm:
-            fabric.clip_gradients(self.model, self.optimizer, max_norm=config.optim.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        key_ids = None if own is None else torch.cat([out.ids for out in outs])
-        self.core.update(torch.cat([out.keys for out in outs]), momentum=self.key_momentum, ids=key_ids)
-        self.done += 1
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: all that the rest of the run follows from."""
-        return {
-            "step": self.done,
-            "model": self.core.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "meter": self.meter.state(),
-            "clock": self.clock.state(),
-            "best": self.best,
-            "random": checkpoint.random_state(),
-            "config": self.config.model_dump(mode="json"),
-        }
-
-    def restore(self, state: dict[str, Any], path: Path) -> None:
-        checkpoint.load_weights(self.core, state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.best = state["step"], state["best"]
-        self.meter.restore(state["meter"])
-        self.clock.restore(state["clock"])
-        checkpoint.restore_random_state(state["random"])
-
-    def save(self, run: Run, metrics: MetricsWriter, path: Path) -> None:
-        average_running_statistics(self.core)
-        if dist.rank() == 0:
-            metrics.sync()
-            checkpoint.save(path, self.state())
-            checkpoint.save_encoder(run.path, self.monitor.encoder)
-
-
 def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSignal, show: Show) -> None:
     config, loader = training.config, training.loader
     first, saved = training.done, time.monotonic()
@@ -256,65 +145,6 @@ def _row(training: Training, *, look: bool) -> dict[str, float]:
         row |= training.monitor.knn()
         clock.start()
     return row
-
-
-def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric) -> Training:
-    """Everything a step needs, from the settings and the images; draws the initial weights."""
-    train = splits.train
-    specs = view_specs(config.views)
-    views = TwoViews(specs, config.views.size, config.seed)
-    loader = Loader(
-        train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device=fabric.device,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        workers=config.data.workers,
-        crop=views.crop,
-        max_bad=config.data.max_bad,
-    )
-    checkpoint.seed_everything(config.seed)
-    core = build_model(config.model, channels=config.data.channels)
-    if config.engine.precision == "fp64":
-        core = core.double()
-    if config.engine.channels_last:
-        core = core.to(memory_format=torch.channels_last)
-    trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(config.optim, trained, batch_size=config.batch_size)
-    if config.engine.compile:
-        core.query_encoder.compile()
-        core.key_encoder.compile()
-    model, optimizer = fabric.setup(core, optimizer)
-    query_encoder = core.query_encoder
-    assert isinstance(query_encoder, Encoder)
-    encoder = ImageEncoder(
-        query_encoder.backbone,
-        name=config.model.backbone,
-        stem=config.model.stem,
-        channels=config.data.channels,
-        mean=specs[0].mean,
-        std=specs[0].std,
-        input_size=config.data.size or config.views.size,
-    )
-    mask = config.model.mask_own
-    total = config.epochs * loader.steps_per_epoch
-    return Training(
-        config=config,
-        fabric=fabric,
-        core=core,
-        model=model,
-        optimizer=optimizer,
-        views=views,
-        loader=loader,
-        monitor=build_monitor(config, splits, encoder, query_encoder.projector),
-        num_images=len(train),
-        in_memory=isinstance(train, ArrayImages),
-        mask_own=config.model.queue_size > 0.1 * len(train) if mask is None else mask and config.model.queue_size > 0,
-        total=min(total, config.steps or total),
-        meter=Meter(fabric.device),
-        clock=Clock(),
-    )
 
 
 def _introduce(training: Training, run: Run) -> None:
