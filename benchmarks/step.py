@@ -9,16 +9,11 @@ that a change in the machine's speed meets both. Without lightly only ours is ti
 """
 
 import argparse
-import contextlib
 import copy
-import csv
-import datetime
 import importlib.metadata
 import importlib.util
 import itertools
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +25,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
+import rows
 from moco.config import parse_config
 from moco.data import ArrayImages, Splits
 from moco.engine import build_fabric, resolve
@@ -146,27 +142,12 @@ def lightly_step(pictures: np.ndarray, threads: int) -> Callable[[], float]:
     return step
 
 
-def commit() -> str:
-    with contextlib.suppress(OSError):
-        answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-        return answer.stdout.strip()
-    return ""
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each, after one of warm-up")
     parser.add_argument("--precision", default="auto", help="of ours; lightly's loop runs as documented, in fp32")
-    parser.add_argument("--csv", type=Path, help="append the row to this file")
+    parser.add_argument("--record", action="store_true", help="add the row to results/step.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pictures = images()
@@ -202,17 +183,13 @@ def main() -> None:
     parts = timer.seconds | {"loss and the rest": rest, "logging": sum(logging_seconds)}
     outside = 1 - sum(parts[name] for name in ("query forward", "key forward", "backward")) / total
     step = statistics.median(ours_seconds)
-    print(f"{processor()}, {options.threads} threads, batch {BATCH}, {training.config.engine.precision}")
+    print(f"{rows.where()['processor']}, {options.threads} threads, batch {BATCH}, {training.config.engine.precision}")
     for name, seconds in parts.items():
         print(f"  {name:<18} {1000 * seconds / options.steps:8.1f} ms  {100 * seconds / total:5.1f} %")
     print(f"  outside encoder forward and backward: {100 * outside:.1f} %")
     print(f"ours: {BATCH / step:.1f} images/s")
-    row: dict[str, object] = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "processor": processor(),
+    row = rows.where() | {
         "threads": options.threads,
-        "torch": torch.__version__,
         "lightly": importlib.metadata.version("lightly") if peer else "",
         "batch": BATCH,
         "precision": training.config.engine.precision,
@@ -225,13 +202,8 @@ def main() -> None:
         ratio = statistics.median(b / a for a, b in zip(ours_seconds, peer_seconds, strict=True))
         print(f"lightly: {BATCH / theirs:.1f} images/s; ours is {ratio:.2f} times as fast (median of pairs)")
         row |= {"lightly_images_per_second": round(BATCH / theirs, 1), "ratio": round(ratio, 2)}
-    if options.csv:
-        new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    if options.record:
+        rows.append("step", row)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def moco_data() -> Path:
         pytest.skip("needs real images: set MOCO_DATA to a folder that holds cifar10/ and photos/")
     return Path(os.environ["MOCO_DATA"])
 
+
 SPAWNER = """
 import json, os, random, sys
 import matplotlib.figure, numpy, sklearn.datasets, torch

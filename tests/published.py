@@ -1,7 +1,7 @@
-"""MoCo v1 and v3 as their papers state them, on dictionaries of tensors: nothing here comes from the package under test.
+"""MoCo v1 and v3 as their papers state them, on dictionaries of tensors; nothing here comes from the package tested.
 
 A batch is numbered; device r of W holds the images r, r + W, r + 2W and so on, and normalises over these alone.
-v1: He et al. 2020, arXiv:1911.05722, algorithm 1 and section 3.3. v3: Chen, Xie, He 2021, arXiv:2104.02057, algorithm 1.
+v1: He et al. 2020, arXiv:1911.05722, algorithm 1, section 3.3. v3: Chen, Xie, He 2021, arXiv:2104.02057, algorithm 1.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """A network small enough to be written out by hand, and the loop that trains it as a user would."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moco
 from moco import dist
-from moco.model import MoCo
+from moco.model import BatchMoCo, MoCo, QueueMoCo
 from published import Batches, Trace
+
+Model = TypeVar("Model", bound=MoCo)
 
 
 class SmallBackbone(nn.Sequential):
@@ -32,9 +35,21 @@ class SmallBackbone(nn.Sequential):
             self.add_module("layer4", nn.Identity())
 
 
+class Pixels(nn.Module):
+    """An encoder whose projections are the pixels, so that a test can choose them."""
+
+    def __init__(self, dim: int = 4) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim, bias=False)
+        nn.init.eye_(self.linear.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(1))
+
+
 def small_v1(
     batchnorm: str = "plain", *, splits: int = 2, symmetric: bool = False, queue_size: int = 20, seed: int = 0
-) -> MoCo:
+) -> QueueMoCo:
     torch.manual_seed(seed)
     model = moco.create_model(
         "v1",
@@ -46,22 +61,28 @@ def small_v1(
         batchnorm=batchnorm,
         bn_splits=splits,
     )
-    return off_one(model).double()
+    assert isinstance(model, QueueMoCo)
+    return off_one(model)
 
 
-def small_v3(*, resnet: bool = True) -> MoCo:
+def small_v3(*, resnet: bool = True) -> BatchMoCo:
     torch.manual_seed(0)
-    model = moco.create_model("v3", backbone=SmallBackbone(resnet=resnet), dim=5, hidden_dim=7, temperature=0.5)
-    return off_one(model).double()
+    model = moco.create_model("v3", backbone=SmallBackbone(resnet=resnet), dim=5, hidden_dim=16, temperature=0.5)
+    assert isinstance(model, BatchMoCo)
+    return off_one(model)
 
 
-def off_one(model: MoCo) -> MoCo:
-    """Scales and shifts other than the 1 and 0 they start at, so that leaving one out shows."""
+def off_one(model: Model) -> Model:
+    """In float64, scales and shifts other than the 1 and 0 they start at: leaving one out shows."""
     for query, key in zip(model.query_encoder.parameters(), model.key_encoder.parameters(), strict=True):
         if query.ndim == 1:
             nn.init.normal_(query, mean=0.5, std=0.2)
             key.data.copy_(query)
-    return model
+    return model.double()
+
+
+def trained(model: MoCo) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def weights(model: MoCo) -> dict[str, Tensor]:
@@ -85,15 +106,16 @@ def train(
     batches: Batches,
     optimizer: torch.optim.Optimizer,
     momentum: Callable[[int], float],
-    *,
-    generators: bool = True,
 ) -> Trace:
     """The loop of a user; each of several processes takes its rows of the batch."""
-    trace = Trace()
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if dist.world_size() > 1 else model
+    trace, wrapped = Trace(), model
+    if dist.world_size() > 1:
+        from moco.engine import ddp_options
+
+        wrapped = DistributedDataParallel(model, **ddp_options())
     for step, (view1, view2) in enumerate(batches):
         trace.key_encoders.append({n: p.clone() for n, p in model.key_encoder.named_parameters()})
-        generator = torch.Generator().manual_seed(step) if generators else None
+        generator = torch.Generator().manual_seed(step)
         out = wrapped(dist.local(view1), dist.local(view2), generator=generator)
         optimizer.zero_grad()
         out.loss.backward()

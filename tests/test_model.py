@@ -5,38 +5,36 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from published import published_v1, published_v3
-from small import SmallBackbone, assert_same_training, cosine_momentum, make_batches, small_v1, small_v3, train, weights
-from torch import Tensor, nn
+from torch import Tensor
 
 import moco
 from moco.model import MoCo, QueueMoCo
+from published import published_v1, published_v3
+from small import (
+    Pixels,
+    assert_same_training,
+    cosine_momentum,
+    make_batches,
+    small_v1,
+    small_v3,
+    train,
+    trained,
+    weights,
+)
 
 V1 = {"lr": 0.2, "weight_decay": 1e-2}
-V3 = {"lr": 3.0, "weight_decay": 1e-2}
+V3 = {"lr": 0.05, "weight_decay": 1e-2}
 
 
 def sgd(model: MoCo) -> torch.optim.Optimizer:
     return torch.optim.SGD(list(trained(model)), V1["lr"], momentum=0.9, weight_decay=V1["weight_decay"])
 
 
-def trained(model: MoCo) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-class Flat(nn.Flatten):
-    """The pixels themselves: an encoder whose output a test can choose."""
-
-    num_features = 4
-
-
 def pixels_model(queue: Tensor, *, temperature: float = 0.1, symmetric: bool = False) -> QueueMoCo:
     """Projections are the pixels; its queue is the one given."""
-    encoder = nn.Sequential(Flat(), nn.Linear(4, 4, bias=False)).to(queue.dtype)
-    nn.init.eye_(encoder[1].weight)
     keys = moco.KeyQueue(*queue.shape).to(queue.dtype)
     keys.keys.copy_(queue)
-    return QueueMoCo(encoder, keys, temperature=temperature, symmetric=symmetric, shuffle=None)
+    return QueueMoCo(Pixels().to(queue.dtype), keys, temperature=temperature, symmetric=symmetric, shuffle=None)
 
 
 def unit_rows(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -223,7 +221,7 @@ def test_the_key_encoder_starts_equal_and_has_no_gradient() -> None:
     out = model(*make_batches(1)[0])
     out.loss.backward()
     assert all(p.grad is None for p in model.key_encoder.parameters())
-    assert all(p.grad is not None and p.grad.any() for p in model.query_encoder.backbone.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in trained(model))
     assert not any(each.requires_grad for each in out[1:] if each is not None)
 
 
@@ -286,7 +284,7 @@ def test_loss_and_keys_are_float32_under_bf16_and_stay_float64(build) -> None:
         out = single(view1.float(), view2.float())
     assert {out.loss.dtype, out.keys.dtype, out.positive.dtype, out.negative.dtype} == {torch.float32}
     out.loss.backward()
-    assert {p.grad.dtype for p in trained(single)} == {torch.float32}
+    assert {p.grad.dtype for p in trained(single) if p.grad is not None} == {torch.float32}
 
 
 def test_logits_of_bf16_projections_are_those_of_float32() -> None:
@@ -297,14 +295,3 @@ def test_logits_of_bf16_projections_are_those_of_float32() -> None:
         out = model(as_images(rows), as_images(keys))
     rounded = exact(as_images(rows.bfloat16().double()), as_images(keys.bfloat16().double()))
     assert out.loss.item() == pytest.approx(rounded.loss.item(), abs=1e-5)  # bf16 logits would be off by 1e-2
-
-
-def test_a_custom_backbone_trains_in_three_lines() -> None:
-    model = moco.create_model("v2", backbone=SmallBackbone(), dim=5, queue_size=32, bn_splits=2)
-    optimizer = torch.optim.SGD(trained(model), 0.1)
-    out = model(torch.rand(8, 3, 9, 9), torch.rand(8, 3, 9, 9))
-    out.loss.backward()
-    optimizer.step()
-    model.update(out.keys, momentum=0.99)
-    assert torch.equal(model.queue.keys[:8], out.keys)
-    assert model.queue.pointer == 8

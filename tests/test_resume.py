@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from moco.cli import main
 from moco.monitor import TIMES
 from moco.run import Run
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "epochs": 2,
     "steps": 33,  # of 44: the end, too, is in the middle of an epoch
     "batch_size": 64,
@@ -29,7 +30,7 @@ SETTINGS = {
     "monitor": {"knn_k": 20, "log_every": 3, "save_every": 0.15},
     "engine": {"accelerator": "cpu", "precision": "fp32", "threads": 1},
 }
-BF16_V3 = {
+BF16_V3: dict[str, Any] = {
     "steps": 26,
     "model": SETTINGS["model"]
     | {"variant": "v3", "queue_size": 0, "hidden_dim": 32, "momentum_schedule": "cosine", "temperature": 1.0},
@@ -38,7 +39,7 @@ BF16_V3 = {
 }
 
 
-def recipe(folder: Path, changed: dict[str, object]) -> Path:
+def recipe(folder: Path, changed: dict[str, Any]) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(SETTINGS | changed))
     return path
@@ -79,8 +80,9 @@ def assert_equal_checkpoints(one: Path, other: Path, *, but_for: str | None = No
     assert {"model", "optimizer", "random", "meter", "step", "best"} <= parts
     for name, value in left.items():
         if isinstance(value, Tensor):
-            assert isinstance(right[name], Tensor) and value.dtype == right[name].dtype
-            assert torch.equal(value, right[name]), name
+            other_value = right[name]
+            assert isinstance(other_value, Tensor) and value.dtype == other_value.dtype
+            assert torch.equal(value, other_value), name
         else:
             assert value == right[name], name
 
@@ -125,7 +127,7 @@ def undisturbed(command: Command, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "run"
 
 
-def killed(command: Command, folder: Path, changed: dict[str, object], steps: list[int]) -> Path:
+def killed(command: Command, folder: Path, changed: dict[str, Any], steps: list[int]) -> Path:
     def kill() -> int:
         command.signal(signal.SIGKILL)
         return command.wait()

@@ -123,7 +123,7 @@ class SplitBatchNorm2d(_TrackedNorm):
             x = x.contiguous()
         out = _GroupedNorm.apply(x, self.weight, self.bias, means, variances, sizes, self.eps)
         self._track(means.mean(dim=0), variances.mean(dim=0))
-        return self.after(out if self.grouped else torch.empty_like(out).index_copy(0, order, out))
+        return self.after(out if self.grouped else torch.empty_like(out).index_copy_(0, order, out))
 
 
 class SyncBatchNorm(_TrackedNorm):

@@ -3,11 +3,11 @@
 import json
 import random
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
@@ -37,13 +37,19 @@ def load(path: Path) -> dict[str, Any]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
         raise ValueError(f"{path} is damaged or no checkpoint of moco ({_first_line(error)})") from None
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise ValueError(f"{path} is no checkpoint of moco: expected one that `moco pretrain` wrote")
-    if state["format"] > FORMAT:
-        raise ValueError(f"{path} is of format {state['format']}, this version reads up to {FORMAT}; update moco")
+    _refuse_newer(state["format"], path)
     return state
+
+
+def _refuse_newer(number: int, path: Path) -> None:
+    if number > FORMAT:
+        raise ValueError(f"{path} is of format {number}, this version reads up to {FORMAT}; update moco")
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -97,6 +103,18 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+class _Described(BaseModel):
+    """What `ImageEncoder.describe` says, as it has to be in a file that anybody may have written."""
+
+    format: int
+    backbone: str
+    stem: Literal["imagenet", "small"]
+    channels: Annotated[int, Field(ge=1, le=1024)]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: Annotated[int, Field(ge=1, le=16384)]
+
+
 def save_encoder(folder: Path, encoder: ImageEncoder) -> None:
     """The backbone as encoder.safetensors, with config.json beside it that says how to build and feed it."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.backbone.state_dict().items()}
@@ -130,19 +148,22 @@ def load_encoder(path: str | Path) -> ImageEncoder:
                 f"{folder} has no {file.name}; expected a run that has finished or made a checkpoint"
             )
     try:
-        about = json.loads(described.read_text(encoding="utf-8"))
-        backbone = build_backbone(about["backbone"], stem=about["stem"], channels=about["channels"])
-        encoder = ImageEncoder(
-            backbone,
-            name=about["backbone"],
-            stem=about["stem"],
-            channels=about["channels"],
-            mean=tuple(about["mean"]),
-            std=tuple(about["std"]),
-            input_size=about["input_size"],
-        )
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{described} does not describe an encoder of moco ({_first_line(error)})") from None
+        about = _Described.model_validate_json(described.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise ValueError(f"{described} does not describe an encoder of moco ({what})") from None
+    _refuse_newer(about.format, described)
+    backbone = build_backbone(about.backbone, stem=about.stem, channels=about.channels)
+    encoder = ImageEncoder(
+        backbone,
+        name=about.backbone,
+        stem=about.stem,
+        channels=about.channels,
+        mean=about.mean,
+        std=about.std,
+        input_size=about.input_size,
+    )
     try:
         tensors = load_tensors(weights.read_bytes())
     except Exception as error:  # safetensors has its own exception type per version

@@ -4,14 +4,10 @@ Heavy modules are imported inside the verbs, so that help and wrong flags answer
 """
 
 import json
-import logging
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_args
@@ -19,26 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_args
 from cyclopts import App, Group, Parameter
 from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliTokensError
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from moco import config as settings
 from moco.config import PretrainConfig
+from moco.console import heard, print_table, progress, report, say, stderr
 
-Progress = tuple[int, int, int, dict[str, float]]
-"""As `moco.pretrain.Progress`: step, steps in all, epoch, metrics."""
 # What may differ when a run is continued: where and how often, never what is computed.
 CONTINUABLE = ("steps", "data.source", "data.memory", "data.workers", "monitor.save_every", "engine.")
-LINE_EVERY = 10.0  # seconds between progress lines where no bar can be drawn
-SHOWN = (  # metric, how it is said
-    ("loss", "loss {:.3f}"),
-    ("lr", "lr {:.3g}"),
-    ("pretext_accuracy", "pretext {:.1f} %"),
-    ("knn_top1", "kNN {:.1f} %"),
-    ("images_per_second", "{:,.0f} images/s"),
-    ("data_wait", "waits {:.0f} % for data"),
-)
 
 
 def _flags(section: type[BaseModel], prefix: str = "") -> Any:
@@ -119,16 +102,16 @@ def pretrain(
     from moco.pretrain import pretrain as train
 
     try:
-        with _progress(_stderr()) as show:
+        with progress(stderr()) as show:
             run = train(config, out=out, resume=resume, on_progress=show)
     except Stopped as stopped:
         name = signal.Signals(stopped.signum).name
-        _say(f"moco: stopped by {name}; saved; continue with: moco pretrain --resume {quote(str(stopped.path))}")
+        say(f"moco: stopped by {name}; saved; continue with: moco pretrain --resume {quote(str(stopped.path))}")
         raise SystemExit(128 + stopped.signum) from None
     if as_json:
         print(json.dumps({"run": str(run.path), "results": run.results}, indent=2))
     else:
-        _report(run.path, run.results)
+        report(run.path, run.results)
 
 
 @app.command
@@ -158,7 +141,7 @@ def evaluate(
     if as_json:
         print(json.dumps(results, indent=2))
     else:
-        _print_table(
+        print_table(
             f"{protocol} of {run}", ("measure", ""), ((name, f"{value:.2f}") for name, value in results.items())
         )
 
@@ -185,7 +168,7 @@ def recipes(name: str | None = None, /, *, as_json: Json = False) -> None:
             (record["name"], "\n".join([record["about"], *(f"{key}: {record[key]}" for key in told)]))
             for record in records
         )
-        _print_table("", ("recipe", "what it is, what to expect, what it costs, where it is from"), rows, lines=True)
+        print_table("", ("recipe", "what it is, what to expect, what it costs, where it is from"), rows, lines=True)
         print("moco recipes NAME prints one in full; moco pretrain NAME trains it.")
 
 
@@ -205,7 +188,7 @@ def doctor(recipe: str | None = None, /, *, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
     else:
-        _print_table("", ("", "value", "note"), rows)
+        print_table("", ("", "value", "note"), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,8 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 after a mistake in what was given; 1 after a failure; 128 + signal after a stop.
     """
+    # A core that waits for another gives way instead of spinning: else training beside other programs stalls. To be
+    # said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     tokens = _spelled(list(sys.argv[1:] if arguments is None else arguments))
-    with _heard():
+    with heard():
         try:
             app(tokens, exit_on_error=False, print_error=False, verbose=False)
             sys.stdout.flush()
@@ -226,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         except KeyboardInterrupt:
-            _say("moco: stopped by SIGINT")
+            say("moco: stopped by SIGINT")
             return 128 + signal.SIGINT
         except BrokenPipeError:
             # The reader has left (`moco recipes | head`): nothing more to say, at exit either.
@@ -241,11 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refused(error: BaseException, code: int) -> int:
     if os.environ.get("MOCO_TRACEBACK") == "1":
         raise error
-    text = str(error)
-    if isinstance(error.__cause__, ValidationError):
+    text, flag = str(error), ""
+    if isinstance(error, CycloptsError) and isinstance(error.__cause__, ValidationError):
+        # The parser has some values checked one by one: pydantic then does not know whose they are.
+        flag = error.argument.name.lstrip("-") if error.argument and not error.__cause__.errors()[0]["loc"] else ""
         error = error.__cause__
     if isinstance(error, ValidationError):
-        text = settings.explain(error)
+        text = flag + settings.explain(error)
     elif isinstance(error, UnknownOptionError) and "." in (
         flag := (error.token.keyword or error.token.value)[2:].partition("=")[0]
     ):
@@ -256,7 +244,7 @@ def _refused(error: BaseException, code: int) -> int:
         text = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
     elif isinstance(error, RuntimeError | ImportError | MemoryError):
         text = f"{text or type(error).__name__} (MOCO_TRACEBACK=1 shows where)"
-    _say(f"moco: {' '.join(text.split())}")
+    say(f"moco: {' '.join(text.split())}")
     return code
 
 
@@ -285,7 +273,7 @@ def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
 
         config, reasons = auto_config(settings.parse_config({"data": given["data"]}).data)
         for reason in reasons:
-            _say(reason)
+            say(reason)
     else:
         config = settings.load_recipe(recipe or "digits")
     return settings.merge(config, given)
@@ -299,140 +287,16 @@ def _resumed(run: Path, recipe: str | None, out: Path | None, given: dict[str, A
         raise ValueError(f"--resume was given with {recipe or f'--out {out}'}; a run goes on as and where it began")
     names = [f"{top}.{name}" for top, inner in given.items() if isinstance(inner, dict) for name in inner]
     names += [top for top, inner in given.items() if not isinstance(inner, dict)]
-    fixed = [f"--{name}" for name in names if not name.startswith(CONTINUABLE)]
+    opened = Run.open(run)
+    # To name the code again that a run names is to say that one trusts it.
+    trusted = given.get("views", {}).get("recipe") == opened.config.views.recipe
+    own = (*CONTINUABLE, "views.recipe") if trusted else CONTINUABLE
+    fixed = [f"--{name}" for name in names if not name.startswith(own)]
     if fixed:
         raise ValueError(f"{fixed[0]} was given with --resume; a run goes on with its own settings: start a new one")
-    return settings.merge(Run.open(run).config, given)
-
-
-@contextmanager
-def _progress(console: Console) -> Generator[Callable[[Progress], None]]:
-    """A bar on a terminal; elsewhere a line now and then."""
-    if not console.is_terminal:
-        yield _lines(console)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    bar = Bar(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}", markup=False),
-        console=console,
-        expand=True,
-    )
-
-    def show(progress: Progress) -> None:
-        step, total, epoch, metrics = progress
-        if not bar.task_ids:
-            # Made here, so that the steps before a resume do not count as speed.
-            bar.add_task("", total=total, completed=step, epoch=epoch, said="")
-        bar.update(bar.task_ids[0], completed=step, epoch=epoch, said=_said(metrics))
-
-    with bar:
-        yield show
-
-
-def _lines(console: Console) -> Callable[[Progress], None]:
-    began: tuple[float, int] | None = None
-    last = -LINE_EVERY
-
-    def show(progress: Progress) -> None:
-        nonlocal began, last
-        (step, total, epoch, metrics), now = progress, time.monotonic()
-        began = began or (now, step)
-        if now - last < LINE_EVERY and step < total:
-            return
-        last, done = now, step - began[1]
-        left = f"{(now - began[0]) / done * (total - step):.0f} s left, " if done else ""
-        _say(f"step {step}/{total}, epoch {epoch}, {left}{_said(metrics)}", console)
-
-    return show
-
-
-def _said(metrics: dict[str, float]) -> str:
-    return ", ".join(form.format(metrics[name]) for name, form in SHOWN if name in metrics)
-
-
-def _report(run: Path, results: dict[str, dict[str, float]]) -> None:
-    """What came out, where it lies and what to try next."""
-    console = _stdout()
-    headings = {
-        "knn_top1": "kNN, all labels",
-        "one_label": "nearest, 1 label per class",
-        "five_labels": "nearest, 5 labels per class",
-    }
-    columns = [name for name in headings if any(name in row for row in results.values())]
-    if columns:
-        rows = ((who, *(f"{row[name]:.1f}" if name in row else "" for name in columns)) for who, row in results.items())
-        title = "Correct on images that were held out, in %"
-        _print_table(title, ["seen through", *(headings[name] for name in columns)], rows)
-        key = "one_label" if "one_label" in columns else "knn_top1"
-        scores = [f"{row[key]:.1f} % {who}" for who, row in results.items() if key in row]
-        labels = "one label per class" if key == "one_label" else "all labels"
-        _say(f"With {labels}: {', '.join(scores)}.", console)
-    else:
-        _say("The images have no labels, so there is no accuracy to report; look at the curves.", console)
-    _say(f"The run is in {run}: encoder, settings, metrics, curves.", console)
-    where = quote(str(run))
-    _say("Try next:", console)
-    _say(f"  moco evaluate {where} --protocol knn", console)
-    _say(f"  in Python: encoder = moco.load_encoder({str(run)!r})", console)
-    _say("  moco pretrain --data FOLDER_OF_YOUR_IMAGES", console)
-
-
-@contextmanager
-def _heard() -> Generator[None]:
-    """What the library says goes to stderr while a command runs."""
-    logger, handler = logging.getLogger("moco"), _ToStderr()
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
-
-
-class _ToStderr(logging.Handler):
-    """INFO plainly, WARNING and above in yellow, above the progress bar if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        warned = record.levelno >= logging.WARNING
-        _say(record.getMessage(), style="yellow" if warned else "")
-
-
-@cache
-def _stderr() -> Console:
-    # One for all: what is said while a bar is drawn has to know of the bar.
-    return Console(stderr=True, highlight=False)
-
-
-def _stdout() -> Console:
-    return Console(highlight=False)
-
-
-def _say(text: str, console: Console | None = None, style: str = "") -> None:
-    (console or _stderr()).print(Text(_clean(text), style=style), soft_wrap=True)
-
-
-def _clean(text: str) -> str:
-    """Without what a hostile file name could do to a terminal."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-
-
-def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], lines: bool = False) -> None:
-    table = Table(title=title or None, title_justify="left", title_style="bold", show_lines=lines)
-    for index, column in enumerate(columns):
-        table.add_column(column, no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*(Text(_clean(cell)) for cell in row))
-    _stdout().print(table)
+    if not trusted:
+        opened.refuse_code()
+    return settings.merge(opened.config, given)
 
 
 if __name__ == "__main__":

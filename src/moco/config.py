@@ -157,7 +157,7 @@ class PretrainConfig(Section):
 
     recipe: str = "custom"
     """Name of the recipe this came from."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**32), le=2**32)] = 0
     """Everything random follows from it."""
     epochs: Count = 100
     """Passes over the training images."""

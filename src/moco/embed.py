@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from moco.config import DataConfig
 from moco.data import ArrayImages, Images, as_images, load_data, resized
@@ -39,7 +40,7 @@ class Embeddings:
 
 def embed(
     encoder: ImageEncoder,
-    images: "Images | Tensor | np.ndarray | list[Any] | str | Path",
+    images: "Images | Tensor | np.ndarray | list[Any] | Dataset[Any] | str | Path",
     *,
     batch_size: int = 256,
     precision: str = "auto",
@@ -50,10 +51,13 @@ def embed(
     Args:
         encoder: what `load_encoder` gives, on the device that is to do the work.
         images: a folder or data name (its training part, if it has parts), uint8 tensor `[n, c, h, w]`, array
-            `[n, h, w, c]`, list of PIL images, or what `load_data` gives.
+            `[n, h, w, c]`, list of PIL images, map-style dataset, or what `load_data` gives.
         batch_size: images at a time.
         precision: `fp32`, `bf16`, or `auto`: bf16 where it is fast.
         on_progress: called with (images done, images in all).
+
+    Raises:
+        ValueError: not images, images of several sizes that are in no folder, or another precision.
 
     Example:
         >>> emb = moco.embed(encoder, "photos/")                                             # doctest: +SKIP
@@ -83,6 +87,8 @@ def features(
     """The same as a float32 tensor `[n, f]` on the CPU; the encoder is left in the mode it was in."""
     from moco.engine import choose_precision
 
+    if precision not in ("auto", "fp32", "bf16", "fp64"):
+        raise ValueError(f"precision is {precision!r}; expected fp32, bf16 or auto")
     first = next(encoder.parameters())
     kind = choose_precision(first.device.type) if precision == "auto" else precision
     was_training = encoder.training

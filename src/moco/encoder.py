@@ -14,9 +14,9 @@ import torch
 import torchvision
 from jaxtyping import Float, UInt8
 from PIL import Image
-from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from moco.backbones import BACKBONES
 from moco.batchnorm import grouped_order
 from moco.transforms import centred, normalise
 
@@ -101,25 +101,13 @@ class ImageEncoder(nn.Module):
         }
 
 
-def _narrow_resnet(channels: tuple[int, int, int, int], layers: tuple[int, int, int, int]) -> ResNet:
-    block: Any = BasicBlock  # timm's signature asks for an instance and means the class
-    return ResNet(block, layers, num_classes=0, channels=channels, zero_init_last=False)
-
-
-# Networks for processors without an accelerator; everything else comes from timm and torchvision by name.
-BACKBONES = {
-    "resnet-tiny": lambda: _narrow_resnet((32, 64, 128, 256), (1, 1, 1, 1)),
-    "resnet-mini": lambda: _narrow_resnet((64, 128, 256, 512), (1, 1, 1, 1)),
-}
-
-
 def build_backbone(
     name: str, *, stem: str = "imagenet", channels: int = 3, pretrained: bool = False, zero_init_last: bool = False
 ) -> nn.Module:
     """A network without classifier, with `num_features`.
 
     Args:
-        name: of timm, else of torchvision.
+        name: in `moco.backbones.BACKBONES`, of timm, or of torchvision.
         stem: `small` puts a 3x3/1 convolution in place of a ResNet's 7x7/2 one, and drops the pooling behind it.
         channels: of the images.
         pretrained: timm's published weights (downloaded by timm).
@@ -128,9 +116,11 @@ def build_backbone(
     Raises:
         ValueError: unknown name, or a small stem for a network that is not a ResNet.
     """
-    if name in BACKBONES:
-        backbone = BACKBONES[name]()
-    elif timm.is_model(name):
+    if name in BACKBONES:  # their stem is their own
+        if pretrained:
+            raise ValueError(f"backbone {name!r} has no published weights; leave out --model.pretrained")
+        return BACKBONES[name](channels)
+    if timm.is_model(name):
         options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
         if name.startswith(("resnet", "wide_resnet", "resnext")):
             options["zero_init_last"] = zero_init_last
@@ -149,10 +139,6 @@ def build_backbone(
         )
     if stem == "small":
         _small_stem(backbone, name, channels)
-    elif name in BACKBONES and channels != 3:
-        raise ValueError(
-            f"backbone {name!r} takes 3 channels with stem 'imagenet', got {channels}; use --model.stem small"
-        )
     return backbone
 
 

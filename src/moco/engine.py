@@ -1,5 +1,6 @@
 """EngineConfig -> Lightning Fabric: devices, nodes, precision; and the signals that stop a run in good order."""
 
+import inspect
 import logging
 import os
 import signal
@@ -8,13 +9,14 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.accelerators import ACCELERATOR_REGISTRY
 from lightning_fabric.loggers import TensorBoardLogger
 from lightning_fabric.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from moco import dist
 from moco.config import EngineConfig
@@ -112,13 +114,19 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
             accelerator=config.accelerator,
             devices=devices,
             num_nodes=config.nodes,
-            # All ranks hold the same queue already; broadcasting it would cost 33 MB a step at K = 65,536.
-            strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
+            strategy=DDPStrategy(**ddp_options()) if several else "auto",
             precision=_FABRIC_PRECISION[config.precision],
             loggers=[TensorBoardLogger(folder, name="tensorboard", version="") for _ in loggers],
         )
     fabric.launch()
     return fabric
+
+
+def ddp_options() -> dict[str, Any]:
+    """No buffers at each step: all ranks hold the same queue, and sending it costs 33 MB at K = 65,536."""
+    # Older torch knows one name only, and newer deprecates it.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
 
 
 @contextmanager

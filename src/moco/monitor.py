@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moco import dist
 from moco.config import PretrainConfig
-from moco.data import Images, Splits, resized
+from moco.data import BadImage, Images, Splits, resized
 from moco.embed import features, pixels
 from moco.encoder import ImageEncoder
 from moco.evaluate import HeldOut, held_out
@@ -233,7 +233,10 @@ def draw_neighbours(run: Run, monitor: Monitor, images: Images) -> None:
 
 
 def _picture(images: Images, index: int) -> np.ndarray:
-    size = max(16, min(128, min(images.decode(index).shape[1:])))
+    try:
+        size = max(16, min(128, *images.decode(index).shape[1:]))
+    except BadImage:  # it has been named; `resized` makes it black
+        size = 16
     return resized(images, [index], size=size)[0].movedim(0, 2).numpy()
 
 

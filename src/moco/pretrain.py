@@ -59,7 +59,8 @@ def pretrain(
         The finished run.
 
     Raises:
-        ValueError: settings that do not fit each other or the images; nothing has been written.
+        ValueError: settings that do not fit each other or the images, or a run to resume that names code of somebody's;
+            nothing has been written.
         FileExistsError: there is something at `out` already.
         Stopped: SIGTERM or Ctrl-C; everything is saved, and `resume` continues.
 
@@ -75,8 +76,8 @@ def pretrain(
     fabric = build_fabric(config.engine, config.monitor.loggers, path)
     splits = _images(config, data)
     training = prepare(config, splits, fabric)
-    if state:
-        training.restore(state, path)
+    if earlier and state:
+        training.restore(state, earlier.last)
     run = earlier or (Run.create(path, config) if dist.rank() == 0 else Run(path, config))
     if earlier and dist.rank() == 0:
         earlier.remove_partial()
@@ -165,6 +166,7 @@ def _settings(config: str | Path | PretrainConfig | None, data: Any, earlier: Ru
     """The settings in force, every choice of the engine made."""
     if config is None:
         if earlier:
+            earlier.refuse_code()
             config = earlier.config
         elif data is None:
             config = load_recipe("digits")

@@ -121,6 +121,19 @@ class Run:
             raise FileNotFoundError(f"{path} is no run: it holds no config.yaml; expected a folder that pretrain made")
         return Run(path, load_recipe(str(path / "config.yaml")))
 
+    def refuse_code(self) -> None:
+        """Before the settings of a run that anybody may have written decide what is imported.
+
+        Raises:
+            ValueError: they name code.
+        """
+        name = self.config.views.recipe
+        if ":" in name:
+            raise ValueError(
+                f"{self.path} names code to import, views.recipe {name!r}, which is not done unasked; if you trust it, "
+                f"name it too: --views.recipe {name}"
+            )
+
     @property
     def last(self) -> Path:
         return self.path / "checkpoints" / "last.ckpt"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from lightning_fabric import Fabric
 from torch import Tensor
 
@@ -80,8 +81,9 @@ class Training:
             fabric.clip_gradients(self.model, self.optimizer, max_norm=config.optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        key_ids = None if own is None else torch.cat([out.ids for out in outs])
-        self.core.update(torch.cat([out.keys for out in outs]), momentum=self.key_momentum, ids=key_ids)
+        num_views = 2 if self.core.symmetric else 1
+        key_ids = None if own is None else whole([out.ids for out in outs], num_views)
+        self.core.update(whole([out.keys for out in outs], num_views), momentum=self.key_momentum, ids=key_ids)
         self.done += 1
 
     def state(self) -> dict[str, Any]:
@@ -111,6 +113,17 @@ class Training:
             metrics.sync()
             checkpoint.save(path, self.state())
             checkpoint.save_encoder(run.path, self.monitor.encoder)
+
+
+def whole(parts: list[Tensor], num_views: int) -> Shaped[Tensor, "m ..."]:
+    """Keys or ids of the parts of a batch, part j of p having had images j, j + p, ..., in the order of the whole.
+
+    Args:
+        parts: of all ranks each, one view after the other.
+        num_views: views that keys were made of.
+    """
+    shape = (num_views, -1, dist.world_size())
+    return torch.stack([part.unflatten(0, shape) for part in parts], dim=2).flatten(0, 3)
 
 
 def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric) -> Training:

@@ -93,12 +93,11 @@ def view_specs(config: ViewsConfig) -> tuple[ViewSpec, ViewSpec]:
 def _imported(name: str) -> tuple[ViewSpec, ViewSpec]:
     module, _, function = name.partition(":")
     try:
-        recipe = getattr(importlib.import_module(module), function)
+        specs = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"views.recipe {name!r} cannot be imported ({error}); expected package.module:function, on the Python path"
         ) from error
-    specs = recipe()
     if not (isinstance(specs, tuple) and len(specs) == 2 and all(isinstance(spec, ViewSpec) for spec in specs)):
         raise ValueError(f"views.recipe {name!r} returns {specs!r:.80}; expected a pair of moco.views.ViewSpec")
     return specs

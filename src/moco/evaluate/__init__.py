@@ -55,15 +55,19 @@ def evaluate(
             f"unknown protocol {protocol!r}: expected one of {', '.join(EVALUATIONS)}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
+    if k is not None and k < 1:
+        raise ValueError(f"k is {k}; expected at least 1 neighbour to vote")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected more than 0")
     opened = Run.open(run)
     encoder = load_encoder(opened.path)
     config = opened.config.data if data is None else DataConfig(source=data, channels=opened.config.data.channels)
     held = held_out(load_data(config))
-    monitor = opened.config.monitor
+    monitor, precision = opened.config.monitor, opened.config.engine.precision  # as at the end of training
     return EVALUATIONS[protocol](
         encoder,
-        embed(encoder, held.train),
-        embed(encoder, held.test),
+        embed(encoder, held.train, precision=precision),
+        embed(encoder, held.test, precision=precision),
         monitor.knn_k if k is None else k,
         monitor.knn_temperature if temperature is None else temperature,
     )

@@ -1,0 +1,156 @@
+"""What a person at a terminal sees: a progress bar, lines, tables."""
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from shlex import quote
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Progress = tuple[int, int, int, dict[str, float]]
+"""As `moco.pretrain.Progress`: step, steps in all, epoch, metrics."""
+LINE_EVERY = 10.0  # seconds between progress lines where no bar can be drawn
+SHOWN = (  # metric, how it is said
+    ("loss", "loss {:.3f}"),
+    ("lr", "lr {:.3g}"),
+    ("pretext_accuracy", "pretext {:.1f} %"),
+    ("knn_top1", "kNN {:.1f} %"),
+    ("images_per_second", "{:,.0f} images/s"),
+    ("data_wait", "waits {:.0f} % for data"),
+)
+
+
+@contextmanager
+def progress(console: Console) -> Generator[Callable[[Progress], None]]:
+    """A bar on a terminal; elsewhere a line now and then."""
+    if not console.is_terminal:
+        yield _lines(console)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}", markup=False),
+        console=console,
+        expand=True,
+    )
+
+    def show(progress: Progress) -> None:
+        step, total, epoch, metrics = progress
+        if not bar.task_ids:
+            # Made here, so that the steps before a resume do not count as speed.
+            bar.add_task("", total=total, completed=step, epoch=epoch, said="")
+        bar.update(bar.task_ids[0], completed=step, epoch=epoch, said=_said(metrics))
+
+    with bar:
+        yield show
+
+
+def _lines(console: Console) -> Callable[[Progress], None]:
+    began: tuple[float, int] | None = None
+    last = -LINE_EVERY
+
+    def show(progress: Progress) -> None:
+        nonlocal began, last
+        (step, total, epoch, metrics), now = progress, time.monotonic()
+        began = began or (now, step)
+        if now - last < LINE_EVERY and step < total:
+            return
+        last, done = now, step - began[1]
+        left = f"{(now - began[0]) / done * (total - step):.0f} s left, " if done else ""
+        say(f"step {step}/{total}, epoch {epoch}, {left}{_said(metrics)}", console)
+
+    return show
+
+
+def _said(metrics: dict[str, float]) -> str:
+    return ", ".join(form.format(metrics[name]) for name, form in SHOWN if name in metrics)
+
+
+def report(run: Path, results: dict[str, dict[str, float]]) -> None:
+    """What came out, where it lies and what to try next."""
+    console = _stdout()
+    headings = {
+        "knn_top1": "kNN, all labels",
+        "one_label": "nearest, 1 label per class",
+        "five_labels": "nearest, 5 labels per class",
+    }
+    columns = [name for name in headings if any(name in row for row in results.values())]
+    if columns:
+        rows = ((who, *(f"{row[name]:.1f}" if name in row else "" for name in columns)) for who, row in results.items())
+        title = "Correct on images that were held out, in %"
+        print_table(title, ["seen through", *(headings[name] for name in columns)], rows)
+        key = "one_label" if "one_label" in columns else "knn_top1"
+        scores = [f"{row[key]:.1f} % {who}" for who, row in results.items() if key in row]
+        labels = "one label per class" if key == "one_label" else "all labels"
+        say(f"With {labels}: {', '.join(scores)}.", console)
+    else:
+        say("The images have no labels, so there is no accuracy to report; look at the curves.", console)
+    say(f"The run is in {run}: encoder, settings, metrics, curves.", console)
+    where = quote(str(run))
+    say("Try next:", console)
+    say(f"  moco evaluate {where} --protocol knn", console)
+    say(f"  in Python: encoder = moco.load_encoder({str(run)!r})", console)
+    say("  moco pretrain --data FOLDER_OF_YOUR_IMAGES", console)
+
+
+@contextmanager
+def heard() -> Generator[None]:
+    """What the library says goes to stderr while a command runs."""
+    logger, handler = logging.getLogger("moco"), _ToStderr()
+    level, propagate = logger.level, logger.propagate
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+class _ToStderr(logging.Handler):
+    """INFO plainly, WARNING and above in yellow, above the progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warned = record.levelno >= logging.WARNING
+        say(record.getMessage(), style="yellow" if warned else "")
+
+
+@cache
+def stderr() -> Console:
+    # One for all: what is said while a bar is drawn has to know of the bar.
+    return Console(stderr=True, highlight=False)
+
+
+def _stdout() -> Console:
+    return Console(highlight=False)
+
+
+def say(text: str, console: Console | None = None, style: str = "") -> None:
+    (console or stderr()).print(Text(_clean(text), style=style), soft_wrap=True)
+
+
+def _clean(text: str) -> str:
+    """Without what a hostile file name could do to a terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], lines: bool = False) -> None:
+    table = Table(title=title or None, title_justify="left", title_style="bold", show_lines=lines)
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*(Text(_clean(cell)) for cell in row))
+    _stdout().print(table)

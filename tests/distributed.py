@@ -1,0 +1,102 @@
+"""Two processes that talk over gloo and run what a test asks of them: `pair(function, argument)`.
+
+`function` stands at the top level of the test module; it returns tensors and plain values.
+"""
+
+import importlib
+import io
+import multiprocessing
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORLD = 2
+SECONDS = 120
+
+
+class Pair:
+    """Both processes, kept for all tests of a module: each start costs seconds.
+
+    Args:
+        folder: an empty one, where they meet.
+        module: name of the test module that the functions come from.
+    """
+
+    def __init__(self, folder: Path, module: str):
+        context = multiprocessing.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(WORLD)]
+        self._connections = [ours for ours, _ in pipes]
+        theirs = [theirs for _, theirs in pipes]
+        self._process = context.Process(target=_start, args=(module, str(folder / "store"), theirs))
+        self._process.start()
+        for connection in theirs:
+            connection.close()
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `function` returned in each process.
+
+        Raises:
+            RuntimeError: it failed in one of them, or took too long.
+        """
+        for connection in self._connections:
+            connection.send((function, arguments))
+        answers = []
+        for connection in self._connections:
+            answers.append(connection.recv() if connection.poll(SECONDS) else (f"no answer in {SECONDS} s", b""))
+        failures = "\n".join(f"in process {rank}: {failure}" for rank, (failure, _) in enumerate(answers) if failure)
+        if failures:
+            raise RuntimeError(failures)
+        return [torch.load(io.BytesIO(answer), weights_only=True) for _, answer in answers]
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+def _start(module: str, store: str, connections: list[Connection]) -> None:
+    """Imports everything once, then becomes two processes."""
+    from jaxtyping import install_import_hook
+
+    # As in conftest.py, and before the test module imports the package.
+    install_import_hook("moco", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+    importlib.import_module(module)
+    importlib.import_module("moco.engine")
+    child = os.fork()
+    rank = 0 if child else 1
+    connections[1 - rank].close()
+    _serve(rank, store, connections[rank])
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def _serve(rank: int, store: str, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    patience = timedelta(seconds=SECONDS // 2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=WORLD, timeout=patience
+    )
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            break
+        answer, failure = io.BytesIO(), ""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                torch.save(function(*arguments), answer)
+        except Exception:
+            failure = traceback.format_exc()
+        connection.send((failure, answer.getvalue()))
+    torch.distributed.destroy_process_group()

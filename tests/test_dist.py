@@ -1,0 +1,260 @@
+from collections.abc import Generator
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moco
+from distributed import Pair
+from moco import dist
+from moco.batchnorm import SplitBatchNorm2d, average_running_statistics, convert
+from moco.config import ModelConfig
+from moco.model import QueueMoCo
+from moco.variants import choose_batchnorm
+from published import Trace, published_v1, published_v3
+from small import (
+    Pixels,
+    assert_same_training,
+    cosine_momentum,
+    make_batches,
+    small_v1,
+    small_v3,
+    train,
+    trained,
+    weights,
+)
+
+two_processes = pytest.mark.dist
+LR, DECAY = 0.2, 1e-2
+LARS_LR = 0.05
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Generator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("pair"), __name__)
+    yield pair
+    pair.close()
+
+
+def global_order(parts: list[Tensor]) -> Tensor:
+    """Row i of rank r is row i * world_size + r."""
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+# Collectives
+
+
+def test_collectives_are_the_identity_on_one_process() -> None:
+    x = torch.randn(4, 2, requires_grad=True)
+    assert (dist.rank(), dist.world_size()) == (0, 1)
+    assert torch.equal(dist.gather(x), x)
+    assert not dist.gather(x).requires_grad
+    assert torch.equal(dist.local(x), x)
+    assert dist.all_reduce_sum(x) is x
+    order = [dist.permutation(9, x.device, torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
+    assert order[0] == order[1] != order[2]
+    assert sorted(order[0]) == list(range(9))
+
+
+def collectives() -> dict[str, Any]:
+    rank = dist.rank()
+    torch.manual_seed(rank)
+    rows = torch.arange(6).view(3, 2) + 10 * rank
+    gathered = dist.gather(rows)
+    layout = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    total = dist.all_reduce_sum(x * (rank + 1))
+    (total * (rank + 1)).sum().backward()
+    return {
+        "rank": rank,
+        "world": dist.world_size(),
+        "rows": rows,
+        "gathered": gathered,
+        "local": dist.local(gathered),
+        "layout": layout,
+        "gathered_layout": dist.gather(layout),
+        "flags": dist.gather(torch.tensor([rank == 0])),
+        "total": total.detach(),
+        "gradient": x.grad,
+        "order": dist.permutation(20, rows.device, None),
+        "auto": [choose_batchnorm(ModelConfig(variant=variant)) for variant in ("v1", "v2", "v3")],
+    }
+
+
+@two_processes
+def test_two_processes_share_an_interleaved_batch(pair: Pair) -> None:
+    first, second = pair(collectives)
+    assert [(each["rank"], each["world"]) for each in (first, second)] == [(0, 2), (1, 2)]
+    assert first["gathered"].tolist() == [[0, 1], [10, 11], [2, 3], [12, 13], [4, 5], [14, 15]]
+    assert torch.equal(first["gathered_layout"], global_order([first["layout"], second["layout"]]))
+    for each in (first, second):
+        assert torch.equal(each["gathered"], first["gathered"])
+        assert torch.equal(each["local"], each["rows"])
+        assert each["flags"].tolist() == [True, False]
+        assert each["total"].tolist() == [3.0, 6.0]
+        # d/dx of 1 * total + 2 * total, total = 1 * x of rank 0 + 2 * x of rank 1
+        assert each["gradient"].tolist() == [3.0 * (each["rank"] + 1)] * 2
+        assert torch.equal(each["order"], first["order"])  # though each had a seed of its own
+        assert each["auto"] == ["shuffle", "shuffle", "sync"]
+
+
+# Batch norm
+
+
+def norm_net(kind: str, *, affine: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.BatchNorm2d(3),
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.BatchNorm1d(16, affine=affine),
+    ).double()
+    for p in net.parameters():
+        if p.ndim == 1:
+            nn.init.normal_(p, mean=0.5, std=0.3)
+    return convert(net, kind)
+
+
+def norm_images(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return (5 + 2 * torch.randn(10, 3, 4, 4, generator=random, dtype=torch.float64)).to(dtype)
+
+
+def through_sync(affine: bool) -> dict[str, Any]:
+    net, x = norm_net("sync", affine=affine), dist.local(norm_images(0)).clone().requires_grad_()
+    out = net(x)
+    (out * dist.local(norm_images(1).flatten(1)[:, :16])).sum().backward()
+    return {
+        "out": out.detach(),
+        "x": x.grad,
+        "gradients": [dist.all_reduce_sum(p.grad) for p in net.parameters() if p.grad is not None],
+        "buffers": [b for b in net.buffers() if b.is_floating_point()],
+        "eval": net.eval()(norm_images(2)).detach(),
+        "bf16": convert(nn.Sequential(nn.BatchNorm2d(3)), "sync")(dist.local(norm_images(0, torch.bfloat16))).detach(),
+    }
+
+
+@two_processes
+@pytest.mark.parametrize("affine", [True, False])
+def test_sync_batch_norm_over_two_processes_is_that_of_the_full_batch(pair: Pair, affine: bool) -> None:
+    answers = pair(through_sync, affine)
+    net, x = norm_net("plain", affine=affine), norm_images(0).requires_grad_()
+    out = net(x)
+    (out * norm_images(1).flatten(1)[:, :16]).sum().backward()
+    torch.testing.assert_close(global_order([each["out"] for each in answers]), out.detach(), rtol=0, atol=1e-11)
+    torch.testing.assert_close(global_order([each["x"] for each in answers]), x.grad, rtol=0, atol=1e-11)
+    buffers, gradients = [b for b in net.buffers() if b.is_floating_point()], [p.grad for p in net.parameters()]
+    for each in answers:
+        torch.testing.assert_close(each["gradients"], gradients, rtol=0, atol=1e-11)
+        torch.testing.assert_close(each["buffers"], buffers, rtol=0, atol=1e-11)
+        torch.testing.assert_close(each["eval"], net.eval()(norm_images(2)).detach(), rtol=0, atol=1e-11)
+    rounded = nn.BatchNorm2d(3).double()(norm_images(0, torch.bfloat16).double()).bfloat16()
+    torch.testing.assert_close(
+        global_order([each["bf16"] for each in answers]), rounded.detach(), rtol=2**-7, atol=1e-3
+    )
+
+
+# Training
+
+
+def as_trace(answer: dict[str, Any]) -> Trace:
+    return Trace(**answer["trace"])
+
+
+def train_v1(batchnorm: str, symmetric: bool, queue_size: int) -> dict[str, Any]:
+    model = small_v1(batchnorm, symmetric=symmetric, queue_size=queue_size)
+    optimizer = torch.optim.SGD(trained(model), LR, momentum=0.9, weight_decay=DECAY)
+    trace = train(model, make_batches(), optimizer, cosine_momentum)
+    average_running_statistics(model)
+    return {"trace": asdict(trace), "state": model.state_dict()}
+
+
+def train_v3(resnet: bool) -> dict[str, Any]:
+    model = small_v3(resnet=resnet)
+    trace = train(model, make_batches(), moco.LARS(trained(model), LARS_LR, weight_decay=DECAY), cosine_momentum)
+    return {"trace": asdict(trace), "state": model.state_dict()}
+
+
+@two_processes
+@pytest.mark.parametrize(("symmetric", "queue_size"), [(False, 20), (True, 24)])
+def test_v1_on_two_processes_trains_as_published_in_float64(pair: Pair, symmetric: bool, queue_size: int) -> None:
+    answers = pair(train_v1, "shuffle", symmetric, queue_size)
+    model = small_v1(queue_size=queue_size)
+    published = published_v1(
+        weights(model),
+        model.queue.keys.clone(),
+        make_batches(),
+        devices=2,
+        shuffled=True,
+        symmetric=symmetric,
+        temperature=0.2,
+        momentum=cosine_momentum,
+        lr=LR,
+        weight_decay=DECAY,
+    )
+    for answer in answers:
+        assert_same_training(as_trace(answer), published)
+    assert torch.equal(answers[0]["state"]["queue.keys"], answers[1]["state"]["queue.keys"])
+
+
+@two_processes
+@pytest.mark.parametrize("resnet", [True, False])
+def test_v3_on_two_processes_trains_as_published_in_float64(pair: Pair, resnet: bool) -> None:
+    published = published_v3(
+        weights(small_v3(resnet=resnet)),
+        make_batches(),
+        predictor_norm=not resnet,
+        temperature=0.5,
+        momentum=cosine_momentum,
+        lr=LARS_LR,
+        weight_decay=DECAY,
+    )
+    for answer in pair(train_v3, resnet):
+        assert_same_training(as_trace(answer), published)
+
+
+@two_processes
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_process_with_two_groups_is_two_processes_that_exchange_images(pair: Pair, symmetric: bool) -> None:
+    answers = pair(train_v1, "shuffle", symmetric, 20)
+    alone = train_v1("split", symmetric, 20)
+    first, second = answers
+    for answer in answers:
+        assert_same_training(as_trace(answer), as_trace(alone))
+        for name, value in answer["state"].items():  # running statistics, of both encoders, too
+            if not name.endswith("num_batches_tracked"):  # counted by torch's batch norm alone
+                torch.testing.assert_close(value, alone["state"][name], rtol=0, atol=1e-10)
+                assert torch.equal(value, first["state"][name])
+    assert first["state"]["queue.pointer"] == second["state"]["queue.pointer"] == (80 * (1 + symmetric)) % 20
+
+
+def shuffled_without_generator() -> dict[str, Any]:
+    torch.manual_seed(0)
+    queue = moco.KeyQueue(5, 4)
+    torch.manual_seed(dist.rank())
+    model = QueueMoCo(Pixels(), queue, temperature=0.1, symmetric=True, shuffle="ranks")
+    rows = torch.eye(4)[: 2 * dist.rank() + 2][-2:].view(2, 1, 2, 2)  # two of the four unit vectors to each
+    ids = torch.tensor([100, 200]) + dist.rank()
+    out = model(rows, rows, ids=ids)
+    model.update(out.keys, momentum=0.9, ids=out.ids)
+    return {"positive": out.positive.detach(), "keys": out.keys, "ids": out.ids, "queue": queue.state_dict()}
+
+
+@two_processes
+def test_ranks_agree_on_the_permutation_when_none_was_given_a_generator(pair: Pair) -> None:
+    first, second = pair(shuffled_without_generator)
+    for answer in (first, second):
+        assert answer["positive"] == 1  # each query has met its own image's key
+        assert answer["keys"].tolist() == torch.eye(4)[[0, 2, 1, 3]].repeat(2, 1).tolist()
+        assert answer["ids"].tolist() == [100, 101, 200, 201] * 2
+        torch.testing.assert_close(answer["queue"], first["queue"], rtol=0, atol=0)
+
+
+def test_the_two_ways_of_one_law_do_have_groups_in_them() -> None:
+    assert any(isinstance(m, SplitBatchNorm2d) for m in small_v1("split").modules())
+    assert not any(isinstance(m, SplitBatchNorm2d) for m in small_v1("shuffle").modules())
+    assert small_v1("shuffle").shuffle == "ranks"

@@ -1,0 +1,233 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.datasets import FakeData
+
+import moco
+from moco.config import DataConfig
+from moco.data import as_images, load_data, resized
+from moco.embed import features, pixels
+from moco.encoder import ImageEncoder
+
+
+class Backbone(nn.Sequential):
+    """Small, but with batch norm, so that the mode shows, and with nothing that takes the order out."""
+
+    num_features = 10
+
+    def __init__(self, channels: int = 3):
+        super().__init__(
+            nn.Conv2d(channels, 6, 3, stride=2, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 10, 3),
+            nn.BatchNorm2d(10),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+
+
+def make_encoder(channels: int = 3, size: int = 16) -> ImageEncoder:
+    torch.manual_seed(0)
+    mean, std = (0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels]
+    encoder = ImageEncoder(
+        Backbone(channels), name="own", stem="small", channels=channels, mean=mean, std=std, input_size=size
+    )
+    encoder(torch.randn(64, channels, 16, 16))  # running statistics other than 0 and 1
+    return encoder.eval()
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def as_pictures(images: torch.Tensor) -> list[Image.Image]:
+    return [Image.fromarray(each.movedim(0, -1).numpy()) for each in images]
+
+
+def reference(encoder: ImageEncoder, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([encoder(encoder.preprocess(each[None])) for each in images])
+
+
+def embed(encoder: ImageEncoder, images: Any, **settings: Any) -> moco.Embeddings:
+    settings = {"precision": "fp32"} | settings
+    return moco.embed(encoder, images, **settings)
+
+
+def labels_of(emb: moco.Embeddings) -> list[int]:
+    assert emb.labels is not None
+    return emb.labels.tolist()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (20, 33)])
+def test_vectors_are_the_encoders_features_of_preprocessed_images_in_order(size):
+    encoder, images = make_encoder(), noise(23, 3, *size)
+    emb = embed(encoder, images, batch_size=5)
+    assert emb.vectors.dtype == np.float32 and emb.vectors.shape == (23, 10) and len(emb) == 23
+    assert emb.labels is None and emb.classes is None
+    assert emb.paths == tuple(map(str, range(23)))
+    torch.testing.assert_close(torch.from_numpy(emb.vectors), reference(encoder, images), rtol=1e-4, atol=1e-5)
+    assert np.abs(np.diff(emb.vectors, axis=0)).max(axis=1).min() > 1e-3  # no two are alike
+
+
+def test_the_batch_size_changes_nothing():
+    encoder, images = make_encoder(), noise(23, 3, 16, 16)
+    whole = embed(encoder, images).vectors
+    for batch_size in (1, 7, 23, 1000):
+        np.testing.assert_allclose(embed(encoder, images, batch_size=batch_size).vectors, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_is_near_fp32():
+    encoder, images = make_encoder(), noise(50, 3, 16, 16)
+    exact, rounded = (torch.from_numpy(embed(encoder, images, precision=kind).vectors) for kind in ("fp32", "bf16"))
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).norm() < 0.02 * exact.norm()
+    kinds = [torch.from_numpy(embed(encoder, images, precision="auto").vectors)]
+    assert any(torch.equal(kind, each) for kind in kinds for each in (exact, rounded))
+
+
+def test_a_float64_encoder_is_fed_float64():
+    encoder, images = make_encoder(), noise(8, 3, 16, 16)
+    before = embed(encoder, images).vectors
+    np.testing.assert_allclose(embed(encoder.double(), images).vectors, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_encoder_stays_in_its_mode_and_as_it_is(training):
+    encoder = make_encoder().train(training)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    emb = embed(encoder, noise(9, 3, 16, 16), batch_size=3)
+    assert all(module.training == training for module in encoder.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    np.testing.assert_allclose(
+        emb.vectors, reference(encoder.eval(), noise(9, 3, 16, 16)).numpy(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_mode_comes_back_after_an_error():
+    encoder = make_encoder().train()
+    with pytest.raises(RuntimeError, match="stop"):
+        embed(encoder, noise(9, 3, 16, 16), on_progress=lambda done, total: (_ for _ in ()).throw(RuntimeError("stop")))
+    assert encoder.training
+
+
+def test_progress_counts_images():
+    told = []
+    embed(make_encoder(), noise(9, 3, 16, 16), batch_size=4, on_progress=lambda *numbers: told.append(numbers))
+    assert told == [(4, 9), (8, 9), (9, 9)]
+
+
+def test_tensors_arrays_and_pictures_give_the_same():
+    encoder, images = make_encoder(), noise(6, 3, 16, 16)
+    want = embed(encoder, images).vectors
+    array = images.movedim(1, -1).numpy()
+    readonly = array.copy()
+    readonly.flags.writeable = False
+    reversed_colours = np.ascontiguousarray(array[..., ::-1])[..., ::-1]  # as OpenCV's images are turned to RGB
+    for same in (array, readonly, reversed_colours, as_pictures(images), list(images)):
+        np.testing.assert_array_equal(embed(encoder, same).vectors, want)
+
+
+def test_grey_images_are_taken_as_they_come():
+    grey = noise(6, 1, 16, 16)
+    want = embed(make_encoder(), grey.repeat(1, 3, 1, 1)).vectors
+    pictures = [Image.fromarray(each[0].numpy()) for each in grey]
+    for same in (
+        grey,
+        grey[:, 0],
+        grey[:, 0].numpy(),
+        pictures,
+        [pictures[0], *(p.convert("RGB") for p in pictures[1:])],
+    ):
+        np.testing.assert_array_equal(embed(make_encoder(), same).vectors, want)
+    one = make_encoder(channels=1)
+    colour = noise(6, 3, 16, 16)
+    want = embed(one, colour).vectors
+    luma = torch.stack([torch.from_numpy(np.array(p.convert("L"))) for p in as_pictures(colour)])
+    for same in (as_pictures(colour), luma):
+        np.testing.assert_array_equal(embed(one, same).vectors, want)
+
+
+def test_a_dataset_gives_its_labels():
+    data = FakeData(size=12, image_size=(3, 16, 16), num_classes=3)
+    emb = embed(make_encoder(), data)
+    wanted = [data[index][1] for index in range(12)]
+    assert labels_of(emb) == wanted and emb.classes == ("0", "1", "2")
+    np.testing.assert_array_equal(emb.vectors, embed(make_encoder(), [data[index][0] for index in range(12)]).vectors)
+
+
+@pytest.mark.parametrize("label", [None, -1])
+def test_a_dataset_that_does_not_know_its_labels_has_none(label):
+    data = [(picture, label) for picture in as_pictures(noise(4, 3, 16, 16))]
+    assert embed(make_encoder(), data).labels is None
+
+
+def test_a_folder_gives_paths_and_labels(tmp_path):
+    images = noise(8, 3, 90, 70)
+    for index, picture in enumerate(as_pictures(images)):
+        path = tmp_path / ("cats" if index < 5 else "dogs") / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+    encoder = make_encoder()
+    for source in (tmp_path, str(tmp_path)):
+        emb = embed(encoder, source)
+        assert labels_of(emb) == [0] * 5 + [1] * 3 and emb.classes == ("cats", "dogs")
+        assert emb.paths == tuple(str(tmp_path / ("cats" if i < 5 else "dogs") / f"{i}.png") for i in range(8))
+        np.testing.assert_allclose(emb.vectors, embed(encoder, images).vectors, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        embed(make_encoder(channels=1), tmp_path).vectors,
+        embed(make_encoder(channels=1), images).vectors,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_name_gives_the_training_part():
+    emb, train = embed(make_encoder(size=8), "digits"), load_data(DataConfig(source="digits")).train
+    assert emb.paths == train.paths and train.labels is not None and labels_of(emb) == train.labels.tolist()
+
+
+def test_features_are_the_vectors_as_a_tensor():
+    encoder, images = make_encoder(), as_images(noise(7, 3, 20, 16))
+    got = features(encoder, images, precision="fp32")
+    assert got.dtype == torch.float32
+    np.testing.assert_array_equal(got.numpy(), embed(encoder, images).vectors)
+
+
+@pytest.mark.parametrize("size", [16, 8])
+def test_pixels_as_features_are_the_resized_images_between_0_and_1(size):
+    images = as_images(noise(7, 3, 16, 16))
+    want = resized(images, range(7), size=size).reshape(7, -1).float() / 255
+    torch.testing.assert_close(pixels(images, size=size), want)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (torch.rand(2, 3, 8, 8), r"torch.float32 of shape \(2, 3, 8, 8\); expected uint8"),
+        (np.zeros((2, 8, 8, 3)), r"float64 of shape \(2, 8, 8, 3\); expected uint8"),
+        (np.array([None, "x"]), r"object of shape \(2,\); expected uint8"),
+        (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), "expected uint8 .* n > 0"),
+        (noise(3, 8), r"shape \(3, 8\); expected uint8"),
+        (noise(2, 8, 8, 8), "8 channels; expected 3: see --data.channels"),
+        (as_images(noise(2, 1, 8, 8), channels=1), "1 channels; expected 3: load them with --data.channels 3"),
+        ([], "no images in the list"),
+        (["a.png"], "image 0 is a str; expected a PIL image or a uint8 tensor"),
+        ([noise(3, 8, 8), noise(3, 8, 9)], r"image 1 is \(3, 8, 9\), the first \(3, 8, 8\); expected one size"),
+        ([7], "image 0 is a int; expected"),
+    ],
+)
+def test_what_is_not_images_is_refused_in_one_line(given, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        embed(make_encoder(), given)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision is 'fp16'; expected fp32, bf16 or auto"):
+        embed(make_encoder(), noise(2, 3, 16, 16), precision="fp16")

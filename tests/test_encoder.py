@@ -1,0 +1,236 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+
+from moco.backbones import BACKBONES
+from moco.encoder import (
+    Encoder,
+    ImageEncoder,
+    build_backbone,
+    linear_head,
+    mlp_bn_head,
+    mlp_head,
+    num_features,
+    v3_mlp,
+)
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def on_paper(name: str, *, stem: str = "imagenet", channels: int = 3) -> nn.Module:
+    """The network without the time it takes to draw its weights."""
+    with torch.device("meta"):
+        return build_backbone(name, stem=stem, channels=channels)
+
+
+def seeded_resnet18(*, stem: str = "imagenet", zero_init_last: bool = False) -> Any:
+    torch.manual_seed(0)
+    return build_backbone("resnet18", stem=stem, zero_init_last=zero_init_last)
+
+
+def assert_uniform(weight: Tensor, bound: float) -> None:
+    assert weight.abs().max() <= bound * (1 + 1e-6)
+    assert weight.abs().max() > 0.9 * bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+
+
+# Backbones
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "parameters", "features"),
+    [
+        ("resnet50", "imagenet", 23_508_032, 2048),
+        ("resnet50", "small", 23_500_352, 2048),
+        ("resnet18", "imagenet", 11_176_512, 512),
+        ("resnet18", "small", 11_168_832, 512),
+        ("vit_small_patch16_224", "imagenet", 21_665_664, 384),
+        ("vit_base_patch16_224", "imagenet", 85_798_656, 768),
+    ],
+)
+def test_backbones_have_the_published_number_of_parameters(
+    name: str, stem: str, parameters: int, features: int
+) -> None:
+    backbone = on_paper(name, stem=stem)
+    assert num_parameters(backbone) == parameters
+    assert num_features(backbone) == features
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_tensors_are_called_as_in_torchvision(name: str) -> None:
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name)
+    expected = {n: t.shape for n, t in theirs.state_dict().items() if not n.startswith("fc.")}
+    assert {n: t.shape for n, t in on_paper(name).state_dict().items()} == expected
+
+
+def test_the_small_stem_keeps_the_resolution_of_small_images() -> None:
+    backbone = seeded_resnet18(stem="small")
+    assert (backbone.conv1.kernel_size, backbone.conv1.stride, backbone.conv1.padding) == ((3, 3), (1, 1), (1, 1))
+    assert backbone.conv1.bias is None
+    seen: list[torch.Size] = []
+    backbone.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert backbone(torch.rand(2, 3, 32, 32)).shape == (2, 512)
+    assert seen == [(2, 64, 32, 32)]
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "resnet18"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_backbones_take_images_of_any_number_of_channels(name: str, channels: int) -> None:
+    backbone = build_backbone(name, stem="small", channels=channels).eval()
+    features = backbone(torch.rand(2, channels, 16, 16))
+    assert features.shape == (2, num_features(backbone))
+
+
+def test_backbones_that_timm_lacks_come_from_torchvision() -> None:
+    backbone = build_backbone("shufflenet_v2_x0_5").eval()
+    assert num_features(backbone) == 1024
+    assert backbone(torch.rand(1, 3, 32, 32)).shape == (1, 1024)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet5O"}, r"unknown backbone 'resnet5O': .* the closest are .*resnet50"),
+        ({"name": "zzzzz"}, r"unknown backbone 'zzzzz': expected a model name of timm or torchvision$"),
+        ({"name": "fcn_resnet50"}, r"unknown backbone 'fcn_resnet50'"),  # not one for classification
+        ({"name": "vit_tiny_patch16_224", "stem": "small"}, r"no ResNet stem .* --model.stem imagenet$"),
+        ({"name": "squeezenet1_0"}, r"SqueezeNet has no classifier known here"),
+        ({"name": "shufflenet_v2_x0_5", "channels": 1}, r"without 1 channels here; use one of timm's$"),
+        ({"name": "shufflenet_v2_x0_5", "pretrained": True}, r"without pretrained weights here; use one of timm's$"),
+        ({"name": "resnet-tiny", "pretrained": True}, r"'resnet-tiny' has no published weights"),
+    ],
+)
+def test_backbones_that_cannot_be_had_are_refused_in_one_line(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build_backbone(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_says_how_long_its_features_are() -> None:
+    with pytest.raises(ValueError, match="backbone Flatten must have an integer `num_features`"):
+        num_features(nn.Flatten())
+
+
+# Initialisation
+
+
+def test_convolutions_start_as_torchvisions_do() -> None:
+    for name, conv in seeded_resnet18().named_modules():
+        if isinstance(conv, nn.Conv2d):
+            fan_out = conv.out_channels * conv.kernel_size[0] ** 2
+            weight, expected = conv.weight, math.sqrt(2 / fan_out)
+            assert weight.std().item() == pytest.approx(expected, rel=0.05), name
+            assert weight.abs().max() > 3 * expected, name  # a normal distribution, not a uniform one
+
+
+def test_the_replaced_first_convolution_starts_as_pytorchs_do() -> None:
+    assert_uniform(seeded_resnet18(stem="small").conv1.weight, 1 / math.sqrt(27))
+
+
+@pytest.mark.parametrize("zero_init_last", [False, True])
+def test_blocks_start_as_the_identity_only_where_asked(zero_init_last: bool) -> None:
+    for name, norm in seeded_resnet18(zero_init_last=zero_init_last).named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            last = name.endswith("bn2")  # of a basic block
+            assert (norm.weight == (0 if zero_init_last and last else 1)).all(), name
+            assert not norm.bias.any(), name
+
+
+def test_heads_start_as_pytorchs_linear_layers_do() -> None:
+    torch.manual_seed(0)
+    heads = [linear_head(96, 128), mlp_head(96, 128, 64), mlp_bn_head(96, 128, 64), v3_mlp(96, 128, 64, num_layers=3)]
+    layers = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear)]
+    assert len(layers) == 1 + 2 + 2 + 3
+    for layer in layers:
+        assert_uniform(layer.weight, 1 / math.sqrt(layer.in_features))
+        if layer.bias is not None:
+            assert_uniform(layer.bias, 1 / math.sqrt(layer.in_features))
+
+
+# Heads
+
+
+def shown(head: nn.Module) -> list[str]:
+    """Each layer by its kind, sizes and what it lacks."""
+    layers = head if isinstance(head, nn.Sequential) else [head]
+    text = []
+    for layer in layers:
+        match layer:
+            case nn.Linear():
+                bias = "" if layer.bias is not None else " no bias"
+                text.append(f"{layer.in_features}>{layer.out_features}{bias}")
+            case nn.BatchNorm1d():
+                text.append(f"norm {layer.num_features}" + ("" if layer.affine else " bare"))
+            case _:
+                text.append(type(layer).__name__)
+    return text
+
+
+def test_heads_are_those_of_the_papers() -> None:
+    assert shown(linear_head(6, 2)) == ["6>2"]
+    assert shown(mlp_head(6, 2, 4)) == ["6>4", "ReLU", "4>2"]
+    assert shown(mlp_bn_head(6, 2, 4)) == ["6>4 no bias", "norm 4", "ReLU", "4>2"]
+    two = ["6>4 no bias", "norm 4", "ReLU", "4>2 no bias"]
+    assert shown(v3_mlp(6, 2, 4, num_layers=2)) == [*two, "norm 2 bare"]
+    assert shown(v3_mlp(6, 2, 4, num_layers=2, last_norm=False)) == two
+    assert shown(v3_mlp(6, 2, 4, num_layers=3)) == [*two[:3], "4>4 no bias", *two[1:], "norm 2 bare"]
+
+
+# Encoders
+
+
+def test_an_encoder_gives_projections_and_features() -> None:
+    backbone, projector = nn.Flatten(), nn.Linear(12, 5)
+    encoder, x = Encoder(backbone, projector), torch.rand(3, 3, 2, 2)
+    torch.testing.assert_close(encoder.features(x), x.flatten(1))
+    torch.testing.assert_close(encoder(x), projector(x.flatten(1)))  # as they are, not of unit length
+    assert list(encoder.state_dict()) == ["projector.weight", "projector.bias"]
+
+
+def image_encoder(*, channels: int = 3) -> ImageEncoder:
+    mean, std = (0.5, 0.4, 0.3)[:channels], (0.2, 0.1, 0.4)[:channels]
+    return ImageEncoder(
+        build_backbone("resnet-tiny", stem="small", channels=channels),
+        name="resnet-tiny",
+        stem="small",
+        channels=channels,
+        mean=mean,
+        std=std,
+        input_size=8,
+    ).eval()
+
+
+def test_preprocess_brings_tensors_and_pictures_to_the_same_normalised_images() -> None:
+    encoder = image_encoder()
+    pixels = torch.randint(256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = (pixels / 255 - torch.tensor(encoder.mean).view(3, 1, 1)) / torch.tensor(encoder.std).view(3, 1, 1)
+    torch.testing.assert_close(encoder.preprocess(pixels), expected, rtol=0, atol=1e-5)
+    pictures = [Image.fromarray(each.movedim(0, 2).numpy()) for each in pixels]
+    torch.testing.assert_close(encoder.preprocess(pictures), expected, rtol=0, atol=1e-5)
+    wide = [Image.new("L", (31, 20)), Image.new("RGB", (9, 40))]
+    assert encoder.preprocess(wide).shape == (2, 3, 8, 8)
+    assert encoder(encoder.preprocess(wide)).shape == (2, encoder.num_features)
+
+
+def test_preprocess_makes_pictures_grey_for_an_encoder_of_one_channel() -> None:
+    encoder = image_encoder(channels=1)
+    images = encoder.preprocess([Image.new("RGB", (8, 8), (255, 255, 255))])
+    torch.testing.assert_close(images, torch.full((1, 1, 8, 8), (1 - 0.5) / 0.2))
+
+
+def test_an_image_encoder_takes_images_of_any_size_and_describes_itself() -> None:
+    encoder = image_encoder()
+    for side in (8, 13):
+        assert encoder(torch.rand(2, 3, side, side)).shape == (2, encoder.num_features)
+    described = encoder.describe()
+    assert described["backbone"] == "resnet-tiny"
+    assert (described["input_size"], described["num_features"]) == (8, encoder.num_features)
+    assert build_backbone(described["backbone"], stem=described["stem"], channels=described["channels"])
