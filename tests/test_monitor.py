@@ -1,19 +1,23 @@
 import math
 import types
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import moco
 from moco.briefing import briefing, cautions, environment
-from moco.config import PretrainConfig, load_recipe, merge, parse_config
+from moco.config import DataConfig, PretrainConfig, load_recipe, merge, parse_config
 from moco.data import ArrayImages, Splits, load_data
 from moco.encoder import Encoder, ImageEncoder
 from moco.evaluate import held_out
 from moco.model import Output
-from moco.monitor import COLUMNS, TIMES, Clock, Meter, Monitor, build_monitor, spread
+from moco.monitor import COLUMNS, TIMES, Clock, Meter, Monitor, build_monitor, draw_neighbours, spread
 from moco.optim import resolved_lr
+from moco.run import Run
 from moco.variants import loss_range
 
 CPU = torch.device("cpu")
@@ -215,3 +219,19 @@ def test_the_machine_is_described() -> None:
     about = environment(CPU)
     assert about["device"] == "cpu" and about["processors"] >= 1
     assert about["versions"]["torch"] and about["versions"]["timm"]
+
+
+# Pictures
+
+
+def test_files_that_break_off_do_not_spoil_the_picture_of_neighbours(tmp_path: Path) -> None:
+    for number in range(30):
+        path = tmp_path / f"{number:02}.png"
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)).save(path)
+        if number % 5 < 4:
+            path.write_bytes(path.read_bytes()[:600])
+    files = load_data(DataConfig(source=str(tmp_path), memory=1e-6, max_bad=0.9)).train
+    watcher = monitor(Splits(files, None))
+    draw_neighbours(Run(tmp_path, watcher.config), watcher, files)
+    with Image.open(tmp_path / "neighbours.png") as picture:
+        picture.load()
