@@ -164,7 +164,7 @@ def test_only_flags_that_are_given_overrule_the_recipe(capsys: pytest.CaptureFix
         (["--views.crop_min", "none"], {"views": {"crop_min": None}}),
         (["--engine.devices", "auto"], {"engine": {"devices": "auto"}}),
         (["--engine.devices", "2"], {"engine": {"devices": 2}}),
-        (["--monitor.loggers", "wandb", "mlflow"], {"monitor": {"loggers": ["wandb", "mlflow"]}}),
+        (["--monitor.loggers", "tensorboard"], {"monitor": {"loggers": ["tensorboard"]}}),
         (["--seed", "-1"], {"seed": -1}),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_mistake_is_answered_in_one_line(
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "moco: Permission denied: /x"),
         (RuntimeError("loss is nan"), 1, "moco: loss is nan (MOCO_TRACEBACK=1 shows where)"),
         (MemoryError(), 1, "moco: MemoryError (MOCO_TRACEBACK=1 shows where)"),
-        (ImportError("no wandb"), 1, "moco: no wandb (MOCO_TRACEBACK=1 shows where)"),
+        (ImportError("no tensorboard"), 1, "moco: no tensorboard (MOCO_TRACEBACK=1 shows where)"),
     ],
 )
 def test_a_failure_while_training_is_one_line_and_a_code(

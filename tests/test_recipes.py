@@ -1,9 +1,11 @@
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+import moco
 from moco.config import fields, load_recipe, merge, parse_config, recipe_names, recipe_record, recipe_text
 
 STATED = ("data.source", "data.size", "data.channels")
@@ -126,3 +128,26 @@ def test_recipes_can_be_shortened_for_a_trial() -> None:
     for name in recipe_names():
         config = load_recipe(name)
         assert parse_config(config.model_dump() | {"steps": 2}).steps == 2
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_trains_for_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything of its method, on digits, through a small network."""
+    recipe = load_recipe(name)
+    small = {
+        "steps": 2,
+        "batch_size": 16,
+        "data": {"source": "digits", "size": 8},
+        "views": {"size": 8},
+        "model": {"backbone": "resnet-tiny", "bn_splits": 2, "queue_size": min(64, recipe.model.queue_size)},
+        "monitor": {"log_every": 1},
+        "engine": {"accelerator": "cpu", "precision": "fp32", "threads": 1},
+    }
+    module = importlib.import_module("moco.pretrain")
+    monkeypatch.setattr(module, "draw_curves", lambda run: None)
+    monkeypatch.setattr(module, "draw_neighbours", lambda run, monitor, images: None)
+    run = moco.pretrain(merge(recipe, small), out=tmp_path / "run")
+    first, second = run.metrics
+    assert (first["step"], second["step"]) == (1, 2) and first["loss"] != second["loss"]
+    assert first["lr"] > 0 and second["queue_fill"] > first["queue_fill"]
+    assert run.results["trained encoder"]["knn_top1"] > 50
