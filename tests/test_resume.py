@@ -155,10 +155,12 @@ def test_so_does_one_of_v3_in_bf16(command: Command, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_so_does_one_of_files_that_workers_read_started_as_people_do(moco_data: Path, tmp_path: Path) -> None:
     changed = {
-        "data": {"source": str(moco_data / "photos"), "memory": 1e-6, "workers": 2},
+        "data": {"source": str(moco_data / "photos" / "test"), "memory": 1e-6, "workers": 2},
         "views": {"recipe": "v2", "size": 32},
+        "batch_size": 32,
         "model": SETTINGS["model"] | {"symmetric": True},
-        "epochs": 4,
+        "epochs": 3,
+        "monitor": SETTINGS["monitor"] | {"every": 0},
     }
     process: subprocess.Popen[bytes] | None = None
 
@@ -171,7 +173,7 @@ def test_so_does_one_of_files_that_workers_read_started_as_people_do(moco_data: 
         process.kill()
         return process.wait()
 
-    for name, steps in (("run", []), ("killed", [5, 11])):
+    for name, steps in (("run", []), ("killed", [4, 11])):
         first = ("pretrain", recipe(tmp_path, changed), "--out", tmp_path / name)
         kill_and_continue(start, kill, tmp_path / name, first, steps)
         assert process and process.wait() == 0
@@ -198,22 +200,36 @@ def test_sigterm_and_ctrl_c_save_first_and_say_how_to_go_on(
     assert_equal_runs(undisturbed, run)
 
 
-def test_a_signal_during_knn_loses_nothing(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was told to stop while it measured kNN."""
     from moco.monitor import Monitor
 
-    knn, run = Monitor.knn, tmp_path / "run"
+    knn, folder = Monitor.knn, tmp_path_factory.mktemp("stopped")
 
     def interrupted(monitor: Monitor) -> dict[str, float]:
         signal.raise_signal(signal.SIGTERM)
         return knn(monitor)
 
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Monitor, "knn", interrupted)
-        assert main(["pretrain", str(recipe(tmp_path, {})), "--out", str(run)]) == 128 + signal.SIGTERM
-    assert Run.open(run).metrics[-1]["knn_top1"] > 50
-    assert main(["pretrain", "--resume", str(run)]) == 0
+        assert main(["pretrain", str(recipe(folder, {})), "--out", str(folder / "run")]) == 128 + signal.SIGTERM
+    return folder / "run"
+
+
+def test_a_signal_during_knn_lets_it_end_and_saves(stopped: Path) -> None:
+    row = Run.open(stopped).metrics[-1]
+    assert row["step"] == 22 and row["knn_top1"] > 50
+    assert torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)["step"] == 22
+
+
+def test_rows_past_the_checkpoint_and_half_a_row_are_cut(stopped: Path, undisturbed: Path) -> None:
+    with (stopped / "metrics.csv").open("a") as file:
+        file.write("24,0.4,1,1,1,1,1,1,1,1,,,1,1,1,1\n27,0.5,7.25")
+    (stopped / "checkpoints" / ".last.ckpt.x.partial").write_text("begun by a process that was killed")
+    assert main(["pretrain", "--resume", str(stopped)]) == 0
     # The check of types in this process picks at random which items of a list it looks at.
-    assert_equal_runs(undisturbed, run, but_for="python")
+    assert_equal_runs(undisturbed, stopped, but_for="python")
 
 
 def test_a_second_ctrl_c_stops_at_once(
@@ -239,22 +255,6 @@ def test_a_finished_run_continued_stays_as_it_is(undisturbed: Path, tmp_path: Pa
     before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.name != "log.txt" and path.is_file()}
     assert main(["pretrain", "--resume", str(undisturbed)]) == 0
     assert {path: path.read_bytes() for path in before} == before
-
-
-def test_rows_past_the_checkpoint_and_half_a_row_are_cut(
-    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    arguments = ["pretrain", str(recipe(tmp_path, {})), "--out", str(run)]
-    assert main([*arguments, "--steps", "8"]) == 0
-    with (run / "metrics.csv").open("a") as file:
-        file.write("9,0.4,1,1,1,1,1,1,1,1,,,1,1,1,1\n12,0.5,7.25")
-    (run / "checkpoints" / ".last.ckpt.x.partial").write_text("begun by a process that was killed")
-    assert main(["pretrain", "--resume", str(run), "--steps", "12"]) == 0
-    assert [row["step"] for row in Run.open(run).metrics] == [3, 6, 8, 9, 12]
-    # Step 8 was an end, so the means of step 9 begin anew; from then on it is as if nothing had been.
-    assert table_without_times(run)[5][:9] == table_without_times(undisturbed)[4][:9]
-    assert not list(run.rglob("*.partial"))
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(

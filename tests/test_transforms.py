@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageFilter
 
+import moco
 from moco.transforms import (
     blend,
     centred,
@@ -17,6 +19,7 @@ from moco.transforms import (
     shift_hue,
     to_grey,
 )
+from moco.views import ViewSpec
 
 LEVEL = 1 / 255
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))
@@ -122,6 +125,16 @@ def test_hue_leaves_grey_alone_and_a_whole_turn_changes_nothing():
     torch.testing.assert_close(shift_hue(grey, torch.tensor([0.3, -0.2])), grey, atol=1e-6, rtol=0)
     images = pictures(4, 3, 8, 8)
     torch.testing.assert_close(shift_hue(images, torch.tensor([1.0, -1.0, 0.0, 2.0])), images, atol=1e-5, rtol=0)
+
+
+def test_solarize_equals_torchvisions_on_whole_levels():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    plain = ViewSpec(
+        crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter_p=0, grey_p=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+    )
+    first, second = moco.TwoViews((replace(plain, solarize_p=1.0), plain), 16)(levels, torch.tensor([0]), epoch=0)
+    assert torch.equal((255 * first).round().to(torch.uint8), tv.solarize(levels, 128))
+    assert torch.equal((255 * second).round().to(torch.uint8), levels)
 
 
 def test_blending_stays_in_range():
