@@ -27,11 +27,11 @@ SETTINGS: dict[str, Any] = {
     "data": {"source": "digits", "channels": 1},
     "views": {"recipe": "digits", "size": 8},
     "model": {"backbone": "resnet-tiny", "stem": "small", "dim": 16, "queue_size": 256, "momentum": 0.9},
-    "monitor": {"knn_k": 20, "log_every": 3, "save_every": 0.15},
+    "monitor": {"knn_k": 20, "log_every": 5, "save_every": 0.05},
     "engine": {"accelerator": "cpu", "precision": "fp32", "threads": 1},
 }
 BF16_V3: dict[str, Any] = {
-    "steps": 26,
+    "steps": 20,
     "model": SETTINGS["model"]
     | {"variant": "v3", "queue_size": 0, "hidden_dim": 32, "momentum_schedule": "cosine", "temperature": 1.0},
     "optim": {"name": "adamw", "base_lr": 1e-3, "warmup_epochs": 1},
@@ -92,7 +92,7 @@ def assert_equal_runs(one: Path, other: Path, *, but_for: str | None = None) -> 
     for name in ("last.ckpt", "best.ckpt"):
         assert_equal_checkpoints(one / "checkpoints" / name, other / "checkpoints" / name, but_for=but_for)
     left, right = (table_without_times(run) for run in (one, other))
-    assert left == right and len(left) > 10
+    assert left == right and len(left) > 5
     for name in ("encoder.safetensors", "config.json", "results.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     assert not list(other.rglob("*.partial"))
@@ -113,7 +113,7 @@ def kill_and_continue(
     for step in steps:
         start(*arguments)
         wait_for_step(run, step)
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(chance.uniform(0, 0.2))
         assert kill() == -signal.SIGKILL
         arguments = ("pretrain", "--resume", run)
     start(*arguments)
@@ -141,7 +141,7 @@ def killed(command: Command, folder: Path, changed: dict[str, Any], steps: list[
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
     command: Command, undisturbed: Path, tmp_path: Path
 ) -> None:
-    steps = sorted(random.Random(1).sample(range(4, 28), 3))
+    steps = sorted(random.Random(1).sample(range(3, 22), 3))
     assert_equal_runs(undisturbed, killed(command, tmp_path, {}, steps))
 
 
@@ -149,7 +149,7 @@ def test_so_does_one_of_v3_in_bf16(command: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command.start("pretrain", recipe(tmp_path, BF16_V3), "--out", run)
     assert command.wait() == 0, command.stderr
-    assert_equal_runs(run, killed(command, tmp_path, BF16_V3, [random.Random(2).randrange(5, 20)]))
+    assert_equal_runs(run, killed(command, tmp_path, BF16_V3, [random.Random(2).randrange(4, 14)]))
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_so_does_one_of_files_that_workers_read_started_as_people_do(moco_data: 
         process.kill()
         return process.wait()
 
-    for name, steps in (("run", []), ("killed", [4, 11])):
+    for name, steps in (("run", []), ("killed", [7])):
         first = ("pretrain", recipe(tmp_path, changed), "--out", tmp_path / name)
         kill_and_continue(start, kill, tmp_path / name, first, steps)
         assert process and process.wait() == 0
@@ -225,7 +225,7 @@ def test_a_signal_during_knn_lets_it_end_and_saves(stopped: Path) -> None:
 
 def test_rows_past_the_checkpoint_and_half_a_row_are_cut(stopped: Path, undisturbed: Path) -> None:
     with (stopped / "metrics.csv").open("a") as file:
-        file.write("24,0.4,1,1,1,1,1,1,1,1,,,1,1,1,1\n27,0.5,7.25")
+        file.write("25,1.1,1,1,1,1,1,1,1,1,,,1,1,1,1\n30,1.3,7.25")
     (stopped / "checkpoints" / ".last.ckpt.x.partial").write_text("begun by a process that was killed")
     assert main(["pretrain", "--resume", str(stopped)]) == 0
     # The check of types in this process picks at random which items of a list it looks at.
