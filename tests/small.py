@@ -20,7 +20,7 @@ class SmallBackbone(nn.Sequential):
 
     num_features = 6
 
-    def __init__(self, *, resnet: bool = False) -> None:
+    def __init__(self, *, vit: bool = False) -> None:
         super().__init__(
             nn.Conv2d(3, 4, 3, stride=2, bias=False),
             nn.BatchNorm2d(4),
@@ -31,8 +31,8 @@ class SmallBackbone(nn.Sequential):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        if resnet:  # v3 has other heads behind a ResNet
-            self.add_module("layer4", nn.Identity())
+        if vit:  # v3 has other heads behind a vision transformer
+            self.add_module("patch_embed", nn.Identity())
 
 
 class Pixels(nn.Module):
@@ -67,7 +67,7 @@ def small_v1(
 
 def small_v3(*, resnet: bool = True) -> BatchMoCo:
     torch.manual_seed(0)
-    model = moco.create_model("v3", backbone=SmallBackbone(resnet=resnet), dim=5, hidden_dim=16, temperature=0.5)
+    model = moco.create_model("v3", backbone=SmallBackbone(vit=not resnet), dim=5, hidden_dim=16, temperature=0.5)
     assert isinstance(model, BatchMoCo)
     return off_one(model)
 

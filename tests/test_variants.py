@@ -167,7 +167,7 @@ def test_v3_starts_each_residual_block_as_the_identity_and_v1_does_not() -> None
 
 
 def test_resnets_have_a_shallower_projector_and_a_bare_predictor_in_v3() -> None:
-    resnet, other = (on_paper("v3", SmallBackbone(resnet=resnet)) for resnet in (True, False))
+    resnet, other = (on_paper("v3", SmallBackbone(vit=vit)) for vit in (False, True))
     linear = [sum(isinstance(m, nn.Linear) for m in model.query_encoder.projector) for model in (resnet, other)]
     assert linear == [2, 3]
     assert isinstance(resnet.predictor[-1], nn.Linear)

@@ -8,7 +8,6 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 import torchvision
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from moco.backbones import BACKBONES
 from moco.batchnorm import grouped_order
-from moco.transforms import centred, normalise
+from moco.transforms import centred, normalise, pixels_of
 
 Images = Float[Tensor, "n c h w"]
 
@@ -84,9 +83,7 @@ class ImageEncoder(nn.Module):
         """uint8 tensors or PIL images to what the encoder takes: short side resized, centre cut out, normalised."""
         if isinstance(images, Tensor):
             return normalise(centred(images, self.input_size), self.mean, self.std)
-        mode = {1: "L", 3: "RGB"}[self.channels]
-        pixels = [torch.from_numpy(np.array(image.convert(mode))).reshape(*image.size[::-1], -1) for image in images]
-        return torch.cat([self.preprocess(each.movedim(2, 0)[None]) for each in pixels])
+        return torch.cat([self.preprocess(torch.from_numpy(pixels_of(image, self.channels))[None]) for image in images])
 
     def describe(self) -> dict[str, Any]:
         """All that it takes to build the same network anew, as plain values."""

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from moco.auto import auto_config
 from moco.batchnorm import average_running_statistics
 from moco.briefing import briefing, cautions, environment
 from moco.config import DataConfig, PretrainConfig, load_recipe, merge
-from moco.data import Splits, as_images, load_data
+from moco.data import GIVEN, Splits, as_images, load_data
 from moco.engine import Stopped, StopSignal, build_fabric, resolve
 from moco.monitor import COLUMNS, draw_curves, draw_neighbours
 from moco.optim import resolved_lr
@@ -81,7 +81,7 @@ def pretrain(
     run = earlier or (Run.create(path, config) if dist.rank() == 0 else Run(path, config))
     if earlier and dist.rank() == 0:
         earlier.remove_partial()
-    with run.logged(), StopSignal() as signals:
+    with run.logged() if dist.rank() == 0 else nullcontext(), StopSignal() as signals:
         if earlier:
             log.info("continued at step %d of %d", training.done, training.total)
         else:
@@ -178,8 +178,8 @@ def _settings(config: str | Path | PretrainConfig | None, data: Any, earlier: Ru
                 log.info(reason)
     elif not isinstance(config, PretrainConfig):
         config = load_recipe(str(config))
-    if isinstance(data, str | Path):
-        config = merge(config, {"data": {"source": str(data)}})
+    if data is not None:
+        config = merge(config, {"data": {"source": str(data) if isinstance(data, str | Path) else GIVEN}})
     return config.model_copy(update={"engine": resolve(config.engine)})
 
 

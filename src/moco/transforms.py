@@ -3,9 +3,11 @@
 Floats are in [0, 1], uint8 in 0 to 255.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 from torch import Tensor
 
 Batch = Float[Tensor, "n c h w"]
@@ -128,3 +130,24 @@ def normalise(
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     shift, scale = (torch.tensor(x, device=images.device, dtype=images.dtype).view(-1, 1, 1) for x in (mean, std))
     return (images - shift) / scale
+
+
+def pixels_of(image: Image.Image, channels: int) -> UInt8[np.ndarray, "c h w"]:
+    """A PIL image of any mode as uint8: transparency lies on white, grey of 16 bits is scaled to 8.
+
+    Raises:
+        ValueError: floating-point pixels, or whole numbers of more than 16 bits.
+    """
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError(f"pixels from {wide.min()} to {wide.max()}, expected 8 or 16 bits; convert it first")
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels, expected 8 or 16 bits; convert it first")
+    elif image.has_transparency_data:
+        colours = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    # A copy, for Pillow's own memory is read-only.
+    return np.array(np.atleast_3d(pixels).transpose(2, 0, 1), order="C")

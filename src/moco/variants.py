@@ -143,9 +143,9 @@ def _queue_variant(config: ModelConfig, backbone: nn.Module, head: str) -> Queue
 
 
 def _v3(config: ModelConfig, backbone: nn.Module) -> BatchMoCo:
-    is_resnet, hidden, kind = hasattr(backbone, "layer4"), config.hidden_dim or 4096, choose_batchnorm(config)
-    projector = v3_mlp(num_features(backbone), config.dim, hidden, num_layers=2 if is_resnet else 3)
-    predictor = v3_mlp(config.dim, config.dim, hidden, num_layers=2, last_norm=not is_resnet)
+    is_vit, hidden, kind = hasattr(backbone, "patch_embed"), config.hidden_dim or 4096, choose_batchnorm(config)
+    projector = v3_mlp(num_features(backbone), config.dim, hidden, num_layers=3 if is_vit else 2)
+    predictor = v3_mlp(config.dim, config.dim, hidden, num_layers=2, last_norm=is_vit)
     splits = config.bn_splits if kind == "split" else 0
     encoder = Encoder(backbone, projector, num_splits=splits)
     batchnorm.convert(encoder, kind, num_splits=splits, grouped=True)

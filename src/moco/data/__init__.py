@@ -14,6 +14,7 @@ from moco.data.loader import Loader, epoch_order, resized
 
 __all__ = [
     "DATASETS",
+    "GIVEN",
     "ArrayImages",
     "BadImage",
     "FileImages",
@@ -25,6 +26,9 @@ __all__ = [
     "load_data",
     "resized",
 ]
+
+GIVEN = "given"
+"""In place of a source, in the settings of a run whose images a program handed over."""
 
 DATASETS: dict[str, Callable[[DataConfig], Splits]] = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100}
 
@@ -39,6 +43,8 @@ def load_data(config: DataConfig) -> Splits:
     Raises:
         ValueError: neither a known name nor a folder, no images in it, or too many that cannot be read.
     """
+    if config.source == GIVEN:
+        raise ValueError("this run's images were handed over by a program; hand them over again with data=...")
     if config.source in DATASETS:
         return DATASETS[config.source](config)
     folder = Path(config.source).expanduser()

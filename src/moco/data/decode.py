@@ -12,7 +12,13 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchcodec.decoders import decode_jpeg
+
+from moco.transforms import pixels_of
+
+try:
+    from torchcodec.decoders import decode_jpeg
+except (ImportError, RuntimeError, OSError):  # an older version, or one whose libraries are not here: Pillow does it
+    decode_jpeg = None
 
 # Pillow's other readers are never asked: some of them start programs (EPS), none is a format of image sets.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -61,6 +67,8 @@ def _open(path: str) -> Generator[tuple[BinaryIO, Image.Image]]:
         raise BadImage(path, f"more than {limit:.0f} million pixels (a decompression bomb?); shrink it first") from None
     except OSError as error:
         raise BadImage(path, error.strerror or str(error)) from None
+    except ValueError as error:
+        raise BadImage(path, str(error)) from None
     except Exception as error:
         raise BadImage(path, f"{type(error).__name__}: {error}") from None
 
@@ -80,7 +88,8 @@ def decode(path: str, channels: int) -> UInt8[np.ndarray, "c h w"]:
         BadImage: the file is missing, broken, cut off, too large, or holds floating-point pixels.
     """
     with _open(path) as (file, image):
-        if image.format == "JPEG" and image.mode == "RGB" and channels == 3 and "xmp" not in image.info:
+        plain = image.format == "JPEG" and image.mode == "RGB" and channels == 3 and "xmp" not in image.info
+        if plain and decode_jpeg is not None:
             # As Pillow decodes, upright too, in two thirds of the time. Pillow has checked the size. This decoder
             # knows EXIF's orientation, not XMP's.
             file.seek(0)
@@ -91,23 +100,7 @@ def decode(path: str, channels: int) -> UInt8[np.ndarray, "c h w"]:
             assert isinstance(pixels, Tensor)
             return pixels.numpy()
         ImageOps.exif_transpose(image, in_place=True)
-        pixels = np.asarray(_eight_bits(path, image).convert("L" if channels == 1 else "RGB"))
-    # A copy, for Pillow's own memory is read-only.
-    return np.array(np.atleast_3d(pixels).transpose(2, 0, 1), order="C")
-
-
-def _eight_bits(path: str, image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise BadImage(path, f"pixels from {wide.min()} to {wide.max()}, expected 8 or 16 bits; convert it first")
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise BadImage(path, "floating-point pixels, expected 8 or 16 bits; convert it first")
-    if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
-    return image
+        return pixels_of(image, channels)
 
 
 def luma(images: UInt8[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 1 h w"]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from moco.data.arrays import ArrayImages
 from moco.data.decode import luma
 from moco.data.folder import FileImages, Images
+from moco.transforms import pixels_of
 
 
 def as_images(given: Any, *, channels: int = 3) -> Images:
@@ -66,8 +67,7 @@ def _from_sequence(given: Any, channels: int) -> tuple[Tensor, Tensor | None]:
             item, label = item
             labels.append(-1 if label is None else int(label))
         if isinstance(item, Image.Image):
-            array = np.array(item.convert("L" if channels == 1 else "RGB"))
-            item = torch.from_numpy(array).reshape(*array.shape[:2], -1).movedim(2, 0)
+            item = torch.from_numpy(pixels_of(item, channels))
         if not isinstance(item, Tensor):
             raise ValueError(
                 f"image {index} is a {type(item).__name__}; expected a PIL image or a uint8 tensor [c, h, w]"
