@@ -23,7 +23,7 @@ def main() -> None:
         config = merge(load_recipe(options.recipe), {"seed": seed})
         with tempfile.TemporaryDirectory() as folder:
             run = moco.pretrain(config, out=Path(folder) / "run", data=options.data)
-        last = run.metrics[-1]
+            last, results = run.metrics[-1], run.results
         row = rows.where() | {
             "recipe": options.recipe,
             "seed": seed,
@@ -35,10 +35,10 @@ def main() -> None:
             "knn_k": config.monitor.knn_k,
             "knn_temperature": config.monitor.knn_temperature,
         }
-        for who, figures in run.results.items():
+        for who, figures in results.items():
             row |= {f"{who.split()[0]}_{name}": round(value, 2) for name, value in figures.items()}
         rows.append(options.recipe, row | {"note": options.note})
-        print(f"seed {seed}: {run.results}, {last['train_seconds']:.0f} s", flush=True)
+        print(f"seed {seed}: {results}, {last['train_seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
