@@ -1,6 +1,7 @@
 import importlib.metadata
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import tomllib
@@ -15,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import moco
-from moco.config import field_names
+from moco.config import fields
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -128,6 +129,12 @@ def test_links_between_the_documents_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_the_results_in_the_readme_are_the_rows_of_results() -> None:
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+    block = README.read_text().split(tables["START"])[1].split(tables["END"])[0]
+    assert block == tables["block"]()
+
+
 def test_shapes_are_checked_while_tests_run() -> None:
     with pytest.raises(TypeCheckError):
         moco.info_nce(torch.zeros(3), torch.zeros(4, 5), temperature=0.1)
@@ -140,7 +147,7 @@ def test_a_test_process_keeps_to_one_thread() -> None:
 
 
 def test_every_setting_that_the_documents_name_exists() -> None:
-    known = {name for name in field_names() if "." in name}
+    known = {name for name in fields() if "." in name}
     for page in PAGES:
         named = set(re.findall(r"--([a-z]+\.[a-z_0-9]+)", page.read_text()))
         assert named <= known, f"{page.name}: {', '.join(sorted(named - known))}"
@@ -151,3 +158,11 @@ def test_the_training_loop_in_the_readme_runs() -> None:
     names: dict[str, Any] = {"loader": [(torch.rand(16, 3, 32, 32), torch.rand(16, 3, 32, 32)) for _ in range(2)]}
     exec(loop, names)
     assert int(names["model"].queue.pointer) == 32
+
+
+def test_the_idea_fits_on_a_page_and_needs_little() -> None:
+    text = (ROOT / "src" / "moco" / "model.py").read_text()
+    assert len(text.splitlines()) <= 150
+    imported = {line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))}
+    assert imported <= {"torch", "jaxtyping", "moco", "abc", "copy", "typing"}
+    assert re.findall(r"^from moco.*", text, re.M) == ["from moco import dist"]
