@@ -67,7 +67,8 @@ class Library:
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library()
     for name, attributes in {
-        "moco.pretrain": {"pretrain": fake.pretrain, "auto_config": fake.auto_config, "Progress": Progress},
+        "moco.pretrain": {"pretrain": fake.pretrain, "Progress": Progress},
+        "moco.auto": {"auto_config": fake.auto_config},
         "moco.engine": {"Stopped": Stopped, "choose_precision": lambda accelerator: "fp32"},
         "moco.evaluate": {"evaluate": fake.evaluate},
     }.items():

@@ -35,7 +35,6 @@ class _GroupedNorm(torch.autograd.Function):
             saved += stats
         ctx.save_for_backward(x, weight, *saved)
         ctx.sizes, ctx.eps = sizes, eps
-        ctx.mark_non_differentiable(means, variances)
         return out
 
     @staticmethod

@@ -21,7 +21,7 @@ from moco.config import PretrainConfig
 from moco.console import heard, print_table, progress, report, say, stderr
 
 # What may differ when a run is continued: where and how often, never what is computed.
-CONTINUABLE = ("steps", "data.source", "data.memory", "data.workers", "monitor.save_every", "engine.")
+CONTINUABLE = ("steps", "data.source", "data.workers", "monitor.save_every", "engine.accelerator", "engine.threads")
 
 
 def _flags(section: type[BaseModel], prefix: str = "") -> Any:

@@ -155,7 +155,7 @@ class EngineConfig(Section):
 class PretrainConfig(Section):
     """One pre-training run, whole."""
 
-    recipe: str = "custom"
+    recipe: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "custom"
     """Name of the recipe this came from."""
     seed: Annotated[int, Field(ge=-(2**32), le=2**32)] = 0
     """Everything random follows from it."""

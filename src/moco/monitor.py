@@ -46,7 +46,8 @@ COLUMNS = (
 TIMES = ("images_per_second", "data_wait", "train_seconds", "cpu_seconds")
 """Columns that differ from run to run; all others are equal to the last bit."""
 MAX_BANK, MAX_QUERIES = 50_000, 5_000
-"""Images that vote and that are asked about while training; evenly spaced ones of a larger set."""
+"""Images that vote and that are asked about while training; evenly spaced ones of a larger set. At the end as many of
+both as vote."""
 MAX_PICTURED, NUM_PICTURED, NUM_NEIGHBOURS = 5_000, 5, 5
 """Images that neighbours are looked for among; queries drawn, and neighbours of each at either end."""
 MAX_CLASSES_FEW = 100
@@ -57,7 +58,9 @@ class Meter:
     """Means of a step's numbers since they were last read; they stay on the device until then."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        # Apple's GPUs have no float64; means over a few steps bear it.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(5, dtype=dtype, device=device)
         self.count = 0
 
     def add(self, out: Output, spread: Tensor) -> None:
@@ -77,6 +80,10 @@ class Meter:
             "pretext_accuracy": 100 * accuracy,
             "spread": spread,
         }
+
+    def finite(self) -> bool:
+        """Whether every number so far is one; waits for the device."""
+        return bool(self.sums.isfinite().all())
 
     def state(self) -> dict[str, Any]:
         return {"sums": self.sums, "count": self.count}
@@ -200,7 +207,7 @@ def build_monitor(config: PretrainConfig, splits: Splits, encoder: ImageEncoder,
     """A monitor for these images; without labels one that has nothing to say."""
     if splits.train.labels is None or len(splits.train) < 20:
         return Monitor(config, None, None, encoder, projector)
-    final = held_out(splits)
+    final = HeldOut(*(_evenly(images, MAX_BANK) for images in held_out(splits)))
     watched = held_out(splits, use_test=config.monitor.split == "test")
     # The published protocol asks about all test images; the choice of `best` can do with fewer.
     asked = watched.test if config.monitor.split == "test" else _evenly(watched.test, MAX_QUERIES)

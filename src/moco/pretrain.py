@@ -88,6 +88,8 @@ def pretrain(
             _introduce(training, run)
         table = MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=training.done, active=dist.rank() == 0)
         with closing(table) as metrics:
+            if earlier is None:
+                training.save(run, metrics, run.last)  # from here on a killed run can be continued
             _train(training, run, metrics, signals, on_progress or (lambda progress: None))
         if dist.rank() == 0:
             run.write_json("results.json", run.results | {"trained encoder": training.monitor.measure()})
@@ -136,7 +138,7 @@ def _row(training: Training, *, look: bool) -> dict[str, float]:
             f"the loss is {row['loss']} at step {training.done}; lower --optim.base_lr, or use --engine.precision "
             "fp32; the last checkpoint is whole"
         )
-    row["lr"], row["key_momentum"] = training.lr, training.key_momentum
+    row["lr"], row["key_momentum"] = training.used
     if config.model.queue_size:
         per_step = config.batch_size * (2 if config.model.symmetric else 1)
         row["queue_fill"] = min(100.0, 100 * training.done * per_step / config.model.queue_size)

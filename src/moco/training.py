@@ -42,6 +42,7 @@ class Training:
     clock: Clock
     done: int = 0
     best: float = -1.0
+    used: tuple[float, float] = (0.0, 0.0)  # learning rate and key momentum of the last step
 
     @property
     def lr(self) -> float:
@@ -59,6 +60,7 @@ class Training:
     def step(self, images: Tensor, ids: Tensor, epoch: int) -> None:
         """Two views, loss, gradient, optimizer; then the key encoder follows and the keys enter the queue."""
         config, fabric, device = self.config, self.fabric, self.fabric.device
+        self.used = self.lr, self.key_momentum
         set_lr(self.optimizer, self.lr)
         if self.in_memory:
             pair = self.views(images, ids, epoch=epoch)
@@ -109,6 +111,11 @@ class Training:
 
     def save(self, run: Run, metrics: MetricsWriter, path: Path) -> None:
         average_running_statistics(self.core)
+        if not self.meter.finite():
+            raise RuntimeError(
+                f"the loss is not a number before step {self.done}; lower --optim.base_lr, or use --engine.precision "
+                "fp32; nothing was saved over the last checkpoint"
+            )
         if dist.rank() == 0:
             metrics.sync()
             checkpoint.save(path, self.state())

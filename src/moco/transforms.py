@@ -91,9 +91,9 @@ def jitter_colour(
     return images
 
 
-def gaussian_blur(images: Batch, sigma: PerImage) -> Batch:
-    """Separable Gaussian of each image's own width in pixels, mirrored at the border, over at least six sigma."""
-    radius = min(6, images.shape[2] - 1, images.shape[3] - 1)
+def gaussian_blur(images: Batch, sigma: PerImage, radius: int = 6) -> Batch:
+    """Separable Gaussian of each image's own width in pixels, mirrored at the border; `radius` is three sigma or more."""
+    radius = min(radius, images.shape[2] - 1, images.shape[3] - 1)
     taps = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(images.shape[1], dim=0)  # nc taps

@@ -265,7 +265,8 @@ class TwoViews:
             )
         if not spec.grey_first:
             images = self._only(p.grey, images, _grey_again)
-        images = self._only(p.sigma > 0, images, lambda part, which: gaussian_blur(part, there(p.sigma[which])))
+        radius = math.ceil(3 * spec.blur_sigma[1])
+        images = self._only(p.sigma > 0, images, lambda part, which: gaussian_blur(part, there(p.sigma[which]), radius))
         images = self._only(p.solarize, images, lambda part, _: torch.where(part >= 128 / 255, 1 - part, part))
         return normalise(images, spec.mean, spec.std)
 

@@ -19,6 +19,9 @@ from moco.data.decode import BadImage
 from moco.data.folder import NUM_NAMED, FileImages, Images
 from moco.transforms import centred
 
+DECODED_AT_ONCE = 32
+"""Full-size pictures held at a time when they are only wanted small."""
+
 Crop = Callable[[UInt8[Tensor, "c h w"], int, int], UInt8[Tensor, "v c s s"]]
 """(image, id, epoch) -> its views."""
 
@@ -216,9 +219,15 @@ def resized(
     if isinstance(images, ArrayImages):
         batch = images.images[chosen.to(images.images.device)]
         return centred(batch, size)
-    read = images.decode_many(chosen.tolist())
-    bad = [each for each in read if isinstance(each, BadImage)]
+    out = torch.zeros(len(chosen), images.channels, size, size, dtype=torch.uint8)
+    bad: list[BadImage] = []
+    # A few at a time: at camera size each takes tens of megabytes until it is shrunk.
+    for start in range(0, len(chosen), DECODED_AT_ONCE):
+        for place, each in enumerate(images.decode_many(chosen[start : start + DECODED_AT_ONCE].tolist()), start):
+            if isinstance(each, BadImage):
+                bad.append(each)
+            else:
+                out[place] = centred(each[None], size)[0]
     if bad:
-        logging.getLogger("moco").warning("%d of %d images are black: %s", len(bad), len(read), bad[0])
-    black = torch.zeros(images.channels, size, size, dtype=torch.uint8)
-    return torch.stack([black if isinstance(each, BadImage) else centred(each[None], size)[0] for each in read])
+        logging.getLogger("moco").warning("%d of %d images are black: %s", len(bad), len(out), bad[0])
+    return out

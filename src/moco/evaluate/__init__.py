@@ -109,8 +109,7 @@ def held_out(splits: Splits, *, use_test: bool = True) -> HeldOut:
     """
     train, test = splits
     _labels(train)
-    if use_test and test is not None:
-        _labels(test)
+    if use_test and test is not None and test.labels is not None:
         return HeldOut(train, test)
     if len(train) < 20:
         raise ValueError(f"{len(train)} labelled images are too few to hold some out; expected at least 20")
