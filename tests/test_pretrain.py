@@ -119,9 +119,10 @@ def test_steps_end_a_run_early_on_the_schedules_of_the_whole(tmp_path: Path) -> 
     assert [row["step"] for row in run.metrics] == [1, 2, 3, 4, 5]
     for row in run.metrics:
         step = int(row["step"])
-        lr = learning_rate(config.optim, step, steps_per_epoch=4, epochs=3, batch_size=BATCH)
+        # Those that the step itself was taken with: steps count from 0, rows from 1.
+        lr = learning_rate(config.optim, step - 1, steps_per_epoch=4, epochs=3, batch_size=BATCH)
         assert row["lr"] == lr > 0
-        assert row["key_momentum"] == key_momentum(0.9, "cosine", step + 1, total_steps=12)
+        assert row["key_momentum"] == key_momentum(0.9, "cosine", step, total_steps=12)
     assert run.metrics[-1]["epoch"] == 1.25
 
 
@@ -177,9 +178,16 @@ def test_v3_trains_on_digits_and_is_measured(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_path: Path) -> None:
     changed = {"optim": {"base_lr": 1e300}, "monitor": {"save_every": 1e-6, "log_every": 3}}
-    with pytest.raises(RuntimeError, match=r"^the loss is nan at step 3; lower --optim.base_lr"):
+    with pytest.raises(RuntimeError, match=r"^the loss is not a number before step 2; lower --optim.base_lr"):
         moco.pretrain(settings(changed), out=tmp_path / "run", data=IMAGES)
-    assert Run.open(tmp_path / "run").metrics == []
+    run = Run.open(tmp_path / "run")
+    assert run.metrics == []
+    kept = torch.load(run.last, weights_only=True)
+    assert kept["step"] < 2
+    rare = changed | {"monitor": {"save_every": 3600, "log_every": 3}}
+    with pytest.raises(RuntimeError, match=r"^the loss is nan at step 3; lower --optim.base_lr"):
+        moco.pretrain(settings(rare), out=tmp_path / "rare", data=IMAGES)
+    assert torch.load(Run.open(tmp_path / "rare").last, weights_only=True)["step"] == 0
 
 
 def test_seeds_differ_and_repeat(tmp_path: Path) -> None:

@@ -149,5 +149,7 @@ def test_a_recipe_trains_for_two_steps(name: str, tmp_path: Path, monkeypatch: p
     run = moco.pretrain(merge(recipe, small), out=tmp_path / "run")
     first, second = run.metrics
     assert (first["step"], second["step"]) == (1, 2) and first["loss"] != second["loss"]
-    assert first["lr"] > 0 and second["queue_fill"] > first["queue_fill"]
+    # A warm-up begins at 0.
+    assert (first["lr"] > 0) == (recipe.optim.warmup_epochs == 0) and second["lr"] > 0
+    assert second["queue_fill"] > first["queue_fill"]
     assert run.results["trained encoder"]["knn_top1"] > 50

@@ -92,7 +92,7 @@ def jitter_colour(
 
 
 def gaussian_blur(images: Batch, sigma: PerImage, radius: int = 6) -> Batch:
-    """Separable Gaussian of each image's own width in pixels, mirrored at the border; `radius` is three sigma or more."""
+    """Separable Gaussian of each image's own width in pixels, mirrored at the border; `radius`: three sigma or more."""
     radius = min(radius, images.shape[2] - 1, images.shape[3] - 1)
     taps = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
