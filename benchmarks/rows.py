@@ -36,8 +36,10 @@ def append(name: str, row: dict[str, object]) -> None:
 def _commit() -> str:
     with contextlib.suppress(OSError):
         root = RESULTS.parent
-        answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=root)
-        return answer.stdout.strip()
+        name = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, cwd=root).stdout.strip()
+        # Rows that were just added make no other program of this commit.
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "src", "benchmarks"], cwd=root).returncode
+        return name + ("-dirty" if changed else "")
     return ""
 
 

@@ -32,7 +32,7 @@ def recipe_table(name: str, title: str) -> str:
     first = found[0]
     lines = [
         f"**{title}** (`moco pretrain {name}`): {first['steps']} steps, {seconds:.0f} s of training "
-        f"({cpu:.0f} processor seconds) on {first['threads']} cores, {first['processor']}, {len(found)} seeds."
+        f"({cpu:.0f} processor seconds) on {first['threads']} thread{'s' * (first['threads'] != '1')}, {first['processor']}, {len(found)} seeds."
         + (f" {first['note']}" if first["note"] else ""),
         "",
         "| accuracy, % | " + " | ".join(WHAT.values()) + " |",
