@@ -30,9 +30,10 @@ def recipe_table(name: str, title: str) -> str:
     seconds = statistics.mean(float(row["train_seconds"]) for row in found)
     cpu = statistics.mean(float(row["cpu_seconds"]) for row in found)
     first = found[0]
+    threads = "one thread" if first["threads"] == "1" else f"{first['threads']} threads"
     lines = [
         f"**{title}** (`moco pretrain {name}`): {first['steps']} steps, {seconds:.0f} s of training "
-        f"({cpu:.0f} processor seconds) on {first['threads']} thread{'s' * (first['threads'] != '1')}, {first['processor']}, {len(found)} seeds."
+        f"({cpu:.0f} processor seconds) on {threads}, {first['processor']}, {len(found)} seeds."
         + (f" {first['note']}" if first["note"] else ""),
         "",
         "| accuracy, % | " + " | ".join(WHAT.values()) + " |",

@@ -113,20 +113,22 @@ class Loader:
         assert isinstance(self._images, FileImages) and self._crop is not None
         reader = _Reader(self._images, order, self._crop, epoch, self._max_bad)
         everything = range(len(order))
-        batches = DataLoader(
-            reader,
-            sampler=[everything[self._positions(step)] for step in range(start, self.steps_per_epoch)],
-            batch_size=None,
-            num_workers=self._workers,
-            collate_fn=_unchanged,
-            pin_memory=self._device.type == "cuda",
-            # Else every epoch would draw from the global generator, and a resumed run would draw differently.
-            generator=torch.Generator(),
-            multiprocessing_context=_context() if self._workers else None,
-        )
         with warnings.catch_warnings():
             # From Python 3.12 on a fork beside threads warns. A worker runs one thread and takes no lock of ours.
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+            # How many workers is somebody's choice, or ours from the cores there are.
+            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+            batches = DataLoader(
+                reader,
+                sampler=[everything[self._positions(step)] for step in range(start, self.steps_per_epoch)],
+                batch_size=None,
+                num_workers=self._workers,
+                collate_fn=_unchanged,
+                pin_memory=self._device.type == "cuda",
+                # Else every epoch would draw from the global generator, and a resumed run would draw differently.
+                generator=torch.Generator(),
+                multiprocessing_context=_context() if self._workers else None,
+            )
             iterator = iter(batches)
         try:
             while True:
