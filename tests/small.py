@@ -1,7 +1,7 @@
 """A network small enough to be written out by hand, and the loop that trains it as a user would."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,18 @@ from moco.model import BatchMoCo, MoCo, QueueMoCo
 from published import Batches, Trace
 
 Model = TypeVar("Model", bound=MoCo)
+
+
+# A run of a few seconds.
+TINY: dict[str, Any] = {
+    "epochs": 1,
+    "batch_size": 96,
+    "data": {"source": "digits", "size": 12, "channels": 1},
+    "views": {"recipe": "digits", "size": 8},
+    "model": {"backbone": "resnet-tiny", "stem": "small", "dim": 16, "queue_size": 128, "bn_splits": 4},
+    "monitor": {"knn_k": 20},
+    "engine": {"accelerator": "cpu", "precision": "fp32", "threads": 1},
+}
 
 
 class SmallBackbone(nn.Sequential):

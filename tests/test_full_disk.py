@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,16 +14,7 @@ from moco import checkpoint
 from moco.cli import main
 from moco.config import parse_config, to_yaml
 from moco.run import write_atomically
-
-TINY: dict[str, Any] = {
-    "epochs": 1,
-    "batch_size": 96,
-    "data": {"source": "digits", "size": 12, "channels": 1},
-    "views": {"recipe": "digits", "size": 8},
-    "model": {"backbone": "resnet-tiny", "stem": "small", "dim": 16, "queue_size": 128, "bn_splits": 4},
-    "monitor": {"knn_k": 20},
-    "engine": {"accelerator": "cpu", "precision": "fp32", "threads": 1},
-}
+from small import TINY
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

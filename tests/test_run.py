@@ -2,7 +2,6 @@ import csv
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +16,7 @@ from moco.data import load_data
 from moco.encoder import build_backbone
 from moco.monitor import COLUMNS
 from moco.run import MetricsWriter, Run
-
-TINY: dict[str, Any] = {
-    "epochs": 1,
-    "batch_size": 96,
-    "data": {"source": "digits", "size": 12, "channels": 1},
-    "views": {"recipe": "digits", "size": 8},
-    "model": {"backbone": "resnet-tiny", "stem": "small", "dim": 16, "queue_size": 128, "bn_splits": 4},
-    "monitor": {"knn_k": 20},
-    "engine": {"accelerator": "cpu", "precision": "fp32", "threads": 1},
-}
+from small import TINY
 
 
 @pytest.fixture(scope="module")

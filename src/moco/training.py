@@ -60,8 +60,8 @@ class Training:
     def step(self, images: Tensor, ids: Tensor, epoch: int) -> None:
         """Two views, loss, gradient, optimizer; then the key encoder follows and the keys enter the queue."""
         config, fabric, device = self.config, self.fabric, self.fabric.device
-        self.used = self.lr, self.key_momentum
-        set_lr(self.optimizer, self.lr)
+        lr, momentum = self.used = self.lr, self.key_momentum
+        set_lr(self.optimizer, lr)
         if self.in_memory:
             pair = self.views(images, ids, epoch=epoch)
         else:
@@ -85,7 +85,7 @@ class Training:
         self.optimizer.zero_grad()
         num_views = 2 if self.core.symmetric else 1
         key_ids = None if own is None else whole([out.ids for out in outs], num_views)
-        self.core.update(whole([out.keys for out in outs], num_views), momentum=self.key_momentum, ids=key_ids)
+        self.core.update(whole([out.keys for out in outs], num_views), momentum=momentum, ids=key_ids)
         self.done += 1
 
     def state(self) -> dict[str, Any]:
