@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import pickle
@@ -13,9 +14,9 @@ import torch
 from torch import nn
 
 import moco
-from moco import checkpoint
+from moco import checkpoint, randomness
 from moco.cli import main
-from moco.config import parse_config
+from moco.config import PretrainConfig, merge, parse_config
 from moco.encoder import ImageEncoder, build_backbone
 from moco.run import Run
 
@@ -159,15 +160,15 @@ def test_all_generators_go_on_where_they_were() -> None:
     def draw() -> list[Any]:
         return [torch.rand(3).tolist(), random.random(), random.gauss(), np.random.rand(), np.random.randn()]
 
-    checkpoint.seed_everything(7)
+    randomness.seed_everything(7)
     first = draw()
-    state = checkpoint.random_state()
+    state = randomness.state()
     expected = draw()
-    checkpoint.restore_random_state(state)
+    randomness.restore(state)
     assert draw() == expected
-    checkpoint.seed_everything(7)
+    randomness.seed_everything(7)
     assert draw() == first
-    checkpoint.seed_everything(-7)
+    randomness.seed_everything(-7)
     assert draw() != first
 
 
@@ -267,3 +268,167 @@ def test_a_folder_without_an_encoder_says_so(name: str, folder: Path, capsys: py
     assert answer(folder, capsys).startswith(f"{folder} has no {name}; expected a run that has finished")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; expected the folder of a run"):
         moco.load_encoder(folder / "nowhere")
+
+
+# Starting from weights, and going on with the official code's training
+
+
+def tiny(**changed: Any) -> PretrainConfig:
+    """Three steps an epoch on images without labels, in float64."""
+    config = parse_config(
+        {
+            "epochs": 3,
+            "batch_size": 32,
+            "data": {"channels": 1},
+            "views": {"recipe": "digits", "size": 8},
+            "model": SETTINGS["model"] | {"mask_own": False, "momentum": 0.9, "bn_splits": 4},
+            "monitor": {"log_every": 1},
+            "engine": {"accelerator": "cpu", "precision": "fp64", "threads": 1},
+        }
+    )
+    return merge(config, changed)
+
+
+V3: dict[str, Any] = {
+    "model": {"variant": "v3", "queue_size": 0, "hidden_dim": 16, "momentum_schedule": "cosine"},
+    "optim": {"name": "lars", "base_lr": 0.3, "warmup_epochs": 1, "weight_decay": 1e-6},
+}
+ADAMW: dict[str, Any] = {"optim": {"name": "adamw", "base_lr": 1e-2}}
+
+
+@pytest.fixture
+def images(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """Without pictures of what is learned from them, which take most of the time of such runs."""
+    module = importlib.import_module("moco.pretrain")
+    for name in ("draw_results", "draw_views", "refresh", "report"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    return torch.randint(0, 256, (100, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def losses(run: Run) -> list[float]:
+    return [row["loss"] for row in run.metrics]
+
+
+def official(run: Run, *, epoch: int) -> dict[str, Any]:
+    """A run's last checkpoint as the official code would have written it, one update of the key encoder before."""
+    state, variant = checkpoint.load(run.last), run.config.model.variant
+    ours: dict[str, torch.Tensor] = state["model"]
+    sides = ("base_encoder", "momentum_encoder") if variant == "v3" else ("encoder_q", "encoder_k")
+    named: dict[str, torch.Tensor] = {}
+    momentum = run.config.model.momentum
+    if run.config.model.momentum_schedule == "cosine":
+        momentum = 1 - 0.5 * (1 + np.cos(np.pi * epoch / run.config.epochs)) * (1 - momentum)
+    for side, theirs in zip(("query_encoder", "key_encoder"), sides, strict=True):
+        for name, tensor in ours.items():
+            if name.startswith(side):
+                inner = name.removeprefix(f"{side}.").replace("backbone.", "").replace("projector.", "fc.")
+                if side == "key_encoder" and not name.endswith(("_mean", "_var", "_tracked")):
+                    query = ours[name.replace("key_encoder", "query_encoder")]
+                    tensor = (tensor - (1 - momentum) * query) / momentum
+                named[f"module.{theirs}.{inner}"] = tensor
+    if variant == "v3":
+        named |= {f"module.{name}": tensor for name, tensor in ours.items() if name.startswith("predictor.")}
+    else:
+        named |= {"module.queue": ours["queue.keys"].T, "module.queue_ptr": ours["queue.pointer"].reshape(1)}
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "queue", "queue_ptr")
+    parameters = [name for name in named if not name.endswith(buffers)]
+    trained = [number for number, name in enumerate(parameters) if sides[1] not in name]
+    lars = run.config.optim.name == "lars"
+    states = {
+        trained[number]: {"mu" if lars else key: value for key, value in each.items()}
+        for number, each in state["optimizer"]["state"].items()
+    }
+    groups = [{"lr": 0.123, "params": list(range(len(parameters)))}]
+    return {
+        "epoch": epoch,
+        "arch": "resnet-tiny",
+        "state_dict": named,
+        "optimizer": {"state": states, "param_groups": groups},
+        "scaler": {"scale": 65536.0},
+    }
+
+
+@pytest.mark.parametrize("changed", [{}, ADAMW, V3], ids=["v2", "v2 with AdamW", "v3"])
+def test_a_checkpoint_of_the_official_code_goes_on_as_our_own(
+    changed: dict[str, Any], images: torch.Tensor, tmp_path: Path
+) -> None:
+    """Two of three epochs, then the third, once from our own checkpoint and once from theirs: the same losses."""
+    config = tiny(**changed)
+    first = moco.pretrain(merge(config, {"steps": 6}), data=images, out=tmp_path / "first")
+    torch.save(official(first, epoch=2), tmp_path / "checkpoint_0001.pth.tar")
+    theirs = moco.pretrain(config, data=images, resume=tmp_path / "checkpoint_0001.pth.tar", out=tmp_path / "theirs")
+    ours = moco.pretrain(config, data=images, resume=first.path)
+    assert [row["step"] for row in theirs.metrics] == [7, 8, 9]
+    np.testing.assert_allclose(losses(theirs), losses(ours)[6:], rtol=0, atol=1e-6)
+    end, other = (checkpoint.load(each.last)["model"] for each in (theirs, ours))
+    for name in other:
+        if not name.endswith("ids"):
+            torch.testing.assert_close(end[name], other[name], rtol=0, atol=1e-6)
+    assert "goes on at step 6 from" in (theirs.path / "log.txt").read_text()
+
+
+def test_what_lacks_optimizer_or_queue_cannot_be_gone_on_from(images: torch.Tensor, tmp_path: Path) -> None:
+    config, path = tiny(), tmp_path / "released.pth.tar"
+    run = moco.pretrain(merge(config, {"steps": 3}), data=images, out=tmp_path / "first")
+    whole = official(run, epoch=1)
+
+    def refusal(changed: dict[str, Any], **settings: Any) -> str:
+        torch.save(whole | changed, path)
+        with pytest.raises(ValueError) as caught:
+            moco.pretrain(merge(config, settings), data=images, resume=path, out=tmp_path / "new")
+        assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
+        return str(caught.value)
+
+    released = {name: each for name, each in whole["state_dict"].items() if "encoder_q." in name}
+    line = refusal({"state_dict": released, "optimizer": None})
+    assert "holds no optimizer and no key encoder and no queue: as released files do not" in line
+    assert line.endswith(f"start from its weights with --init_from {path}")
+    assert "has made 3 epochs, which is all of --epochs 3" in refusal({"epoch": 3})
+    assert "other shapes for 1 of" in refusal({}, model={"queue_size": 96})
+    assert "the state of another optimizer: expected step and exp_avg and exp_avg_sq of" in refusal({}, **ADAMW)
+    with pytest.raises(ValueError, match="does not hold the settings it was trained with; name the recipe too"):
+        moco.pretrain(data=images, resume=path)
+    with pytest.raises(ValueError, match=f"give its folder, --resume {run.path}$"):
+        moco.pretrain(config, resume=run.last)
+
+
+def test_a_run_starts_from_the_weights_of_a_file(images: torch.Tensor, tmp_path: Path) -> None:
+    config = tiny(steps=1)
+    first = moco.pretrain(config, data=images, out=tmp_path / "first")
+    torch.save(official(first, epoch=1), tmp_path / "theirs.pth.tar")
+    expected = checkpoint.load(first.last)["model"]
+    for number, path in enumerate((tmp_path / "theirs.pth.tar", first.last, first.path)):
+        model = checkpoint.build_model(config.model, channels=1)
+        told = checkpoint.initialise(model, merge(config, {"init_from": str(path)}))
+        has_head = path != first.path
+        assert told.endswith("; head taken too" if has_head else "; new head")
+        state = model.state_dict()
+        for name, each in expected.items():
+            if name.startswith("query_encoder.backbone.") or (has_head and name.startswith("query_encoder.")):
+                assert torch.equal(state[name], each.to(state[name].dtype)), (number, name)
+        for name, each in model.query_encoder.state_dict().items():
+            assert torch.equal(each, model.key_encoder.state_dict()[name])
+
+
+def test_a_continued_run_does_not_need_the_file_it_started_from(images: torch.Tensor, tmp_path: Path) -> None:
+    first = moco.pretrain(tiny(steps=1), data=images, out=tmp_path / "first")
+    start = first.path / "encoder.safetensors"
+    config = tiny(init_from=str(start), steps=2)
+    run = moco.pretrain(config, data=images, out=tmp_path / "run")
+    assert "starts from" in (run.path / "log.txt").read_text() and "encoder at the start" in run.results
+    start.unlink()
+    assert len(moco.pretrain(merge(config, {"steps": 3}), data=images, resume=run.path).metrics) == 3
+    with pytest.raises(FileNotFoundError):
+        moco.pretrain(config, data=images, out=tmp_path / "again")
+
+
+def test_a_run_does_not_start_from_another_network(tmp_path: Path) -> None:
+    backbone = build_backbone("resnet18", stem="small")
+    torch.save(backbone.state_dict(), tmp_path / "theirs.pth")
+    for model, words in (
+        ({"backbone": "resnet34", "stem": "small"}, "is no resnet34: it lacks .*; it looks like resnet18$"),
+        ({"backbone": "resnet18", "stem": "imagenet"}, "with small stem for 3 channels; expected a resnet18 with imag"),
+    ):
+        config = parse_config({"init_from": str(tmp_path / "theirs.pth"), "model": model})
+        with pytest.raises(ValueError, match=words):
+            checkpoint.initialise(checkpoint.build_model(config.model), config)

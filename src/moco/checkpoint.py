@@ -1,22 +1,38 @@
-"""Our checkpoints: tensors and plain values only, written atomically, read without running any code from them."""
+"""Our checkpoints: tensors and plain values only, written atomically; and the way into everybody else's.
+
+No code is run from any file.
+"""
 
 import json
-import random
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from moco.encoder import ImageEncoder, build_backbone
-from moco.run import write_atomically
+from moco import foreign, unpickle
+from moco.backbones import BACKBONES
+from moco.config import PretrainConfig
+from moco.encoder import Encoder, ImageEncoder
+from moco.foreign import QUERY_BACKBONE, QUERY_HEAD, Foreign
+from moco.model import MoCo
+from moco.run import Run, write_atomically
+from moco.unpickle import first_line
+from moco.variants import build_model
+from moco.vit import VITS
+
+log = logging.getLogger("moco")
 
 FORMAT = 1
 """Of checkpoints; raised when an older version could not read a newer file rightly."""
+
+
+OWN = "encoder of moco"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -40,7 +56,7 @@ def load(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
-        raise ValueError(f"{path} is damaged or no checkpoint of moco ({_first_line(error)})") from None
+        raise ValueError(f"{path} is damaged or no checkpoint of moco ({first_line(error)})") from None
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise ValueError(f"{path} is no checkpoint of moco: expected one that `moco pretrain` wrote")
     _refuse_newer(state["format"], path)
@@ -73,42 +89,12 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path
     module.load_state_dict(weights)
 
 
-def seed_everything(seed: int) -> None:
-    """Starts every generator that training code could draw from."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def random_state() -> dict[str, Any]:
-    """Of every generator that training code could draw from, as tensors and plain values."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 class _Described(BaseModel):
     """What `ImageEncoder.describe` says, as it has to be in a file that anybody may have written."""
 
     format: int
     backbone: str
-    stem: Literal["imagenet", "small"]
+    stem: Literal["imagenet", "small", "small-pad2", "small-linear"]
     channels: Annotated[int, Field(ge=1, le=1024)]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -123,30 +109,62 @@ def save_encoder(folder: Path, encoder: ImageEncoder) -> None:
     write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
 
 
-def load_encoder(path: str | Path) -> ImageEncoder:
-    """The encoder of a run: an eval-mode module, normalised images -> features.
+def load_encoder(path: str | Path, *, backbone: str | None = None) -> ImageEncoder:
+    """An encoder out of a run or of anybody's checkpoint: an eval-mode module, normalised images -> features.
 
     Args:
-        path: the folder of a run, or any that holds `encoder.safetensors` and `config.json`.
+        path: the folder of a run, or any that holds `encoder.safetensors` or timm's `model.safetensors` and
+            `config.json`; or a file: a checkpoint of this program, of the official code (v1, v2, v3, notebook), of
+            leftthomas, lightly, solo-learn or LightlyTrain, or a state dict by timm's or torchvision's names.
+        backbone: name of the network in a file; not given: found by the names and shapes of its tensors.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no encoder in it yet.
-        ValueError: the files are damaged or do not fit each other.
+        FileNotFoundError: there is no such file or folder, or no encoder in it yet.
+        ValueError: the file is damaged, holds no network that is known, or not all of it.
 
     Example:
         >>> encoder = moco.load_encoder("runs/first")                                        # doctest: +SKIP
         >>> encoder(encoder.preprocess(images)).shape                                        # doctest: +SKIP
         torch.Size([5, 512])
     """
-    folder = Path(path)
-    described, weights = folder / "config.json", folder / "encoder.safetensors"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; expected the folder of a run")
-    for file in (described, weights):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {file.name}; expected a run that has finished or made a checkpoint"
-            )
+    source = read_any(Path(path), backbone=backbone)
+    if source.system != OWN:
+        log.info("%s: %s", path, source.summary())
+    encoder = ImageEncoder(
+        source.network,
+        name=source.backbone,
+        stem=source.stem,
+        channels=source.channels,
+        mean=source.mean,
+        std=source.std,
+        input_size=source.input_size,
+    )
+    return encoder.eval().requires_grad_(False)
+
+
+def read_any(path: Path, *, backbone: str | None = None) -> Foreign:
+    """Whatever `load_encoder` accepts, with all that is in it besides the encoder; errors as there."""
+    if path.is_dir():
+        file = path / "encoder.safetensors"
+        theirs = path / "model.safetensors"
+        if not file.exists() and theirs.is_file():
+            return _with_card(foreign.recognise(unpickle.read(theirs), theirs, backbone=backbone), theirs)
+        for needed in (path / "config.json", file):
+            if not needed.is_file():
+                raise FileNotFoundError(
+                    f"{path} has no {needed.name}; expected a run that has finished or made a checkpoint"
+                )
+        return _described(file, backbone)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected the folder of a run, or the file of a checkpoint")
+    if path.suffix == ".safetensors" and _card(path).keys() >= {"format", "backbone", "stem"}:
+        return _described(path, backbone)
+    return _with_card(foreign.recognise(unpickle.read(path), path, backbone=backbone), path)
+
+
+def _described(weights: Path, backbone: str | None) -> Foreign:
+    """Weights of ours, with the config.json beside them that `save_encoder` wrote."""
+    described = weights.with_name("config.json")
     try:
         about = _Described.model_validate_json(described.read_bytes())
     except ValidationError as error:
@@ -154,23 +172,121 @@ def load_encoder(path: str | Path) -> ImageEncoder:
         what = ": ".join([*map(str, first["loc"]), first["msg"]])
         raise ValueError(f"{described} does not describe an encoder of moco ({what})") from None
     _refuse_newer(about.format, described)
-    backbone = build_backbone(about.backbone, stem=about.stem, channels=about.channels)
-    encoder = ImageEncoder(
-        backbone,
-        name=about.backbone,
+    if backbone not in (None, about.backbone):
+        raise ValueError(f"{weights} is a {about.backbone}, not a {backbone}; leave out --backbone, or name that")
+    network = foreign.build(about.backbone, stem=about.stem, channels=about.channels)
+    try:
+        tensors = load_tensors(weights.read_bytes())
+    except Exception as error:  # safetensors has its own exception type per version
+        raise ValueError(f"{weights} is damaged or no safetensors file ({first_line(error)})") from None
+    load_weights(network, tensors, weights)
+    return Foreign(
+        system=OWN,
+        network=network,
+        backbone=about.backbone,
         stem=about.stem,
         channels=about.channels,
+        tensors={QUERY_BACKBONE + name: tensor for name, tensor in tensors.items()},
         mean=about.mean,
         std=about.std,
         input_size=about.input_size,
     )
+
+
+def _card(weights: Path) -> dict[str, Any]:
+    """The config.json beside a file of weights, if it is one."""
     try:
-        tensors = load_tensors(weights.read_bytes())
-    except Exception as error:  # safetensors has its own exception type per version
-        raise ValueError(f"{weights} is damaged or no safetensors file ({_first_line(error)})") from None
-    load_weights(backbone, tensors, weights)
-    return encoder.eval().requires_grad_(False)
+        card = json.loads(weights.with_name("config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+class _TimmCard(BaseModel):
+    """What timm's config.json says of a network's images, as it has to be in a file that anybody may have written."""
+
+    input_size: tuple[int, Annotated[int, Field(ge=1, le=16384)], int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _with_card(source: Foreign, weights: Path) -> Foreign:
+    """With the images that timm's config.json tells of; nothing is built by a name in it."""
+    card = _card(weights) if weights.suffix == ".safetensors" else {}
+    heads = card["model_args"].get("num_heads") if isinstance(card.get("model_args"), dict) else None
+    blocks = getattr(source.network, "blocks", None)
+    ours = blocks[0].attn.num_heads if heads is not None and isinstance(blocks, nn.Sequential) else heads
+    if heads != ours:
+        raise ValueError(f"{weights} has {heads} attention heads by its config.json, {source.backbone} has {ours}")
+    try:
+        told = _TimmCard.model_validate(card["pretrained_cfg"])
+    except (KeyError, ValidationError):
+        return source
+    if not len(told.mean) == len(told.std) == source.channels:
+        return source
+    return replace(source, mean=told.mean, std=told.std, input_size=told.input_size[1])
+
+
+def initialise(model: MoCo, config: PretrainConfig) -> str:
+    """Starts both encoders from the checkpoint that `config.init_from` names, and the heads if they are the same.
+
+    Returns:
+        What was taken, in a line.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is damaged, or of another network than the settings ask for.
+    """
+    path, settings = Path(config.init_from or ""), config.model
+    source = read_any(path, backbone=settings.backbone if path.is_file() else None)
+    theirs = (source.backbone, source.stem, source.channels)
+    wanted = (settings.backbone, settings.stem, config.data.channels)
+    if _alias(*theirs) != _alias(*wanted):
+        is_, expected = (f"a {name} with {stem} stem for {n} channels" for name, stem, n in (theirs, wanted))
+        raise ValueError(
+            f"{path} is {is_}; expected {expected}: change --model.backbone, --model.stem or --data.channels, or start "
+            "from another file"
+        )
+    query = model.query_encoder
+    assert isinstance(query, Encoder)
+    query.backbone.load_state_dict(source.network.state_dict())
+    used: list[str] = []
+    for prefix, part in ((QUERY_HEAD, query.projector), ("predictor.", getattr(model, "predictor", None))):
+        have = source.part(prefix)
+        if part is not None and _shapes(have) == _shapes(part.state_dict()):
+            part.load_state_dict(have)
+            used.append(prefix)
+    model.key_encoder.load_state_dict(query.state_dict())
+    heads = " and ".join({QUERY_HEAD: "head", "predictor.": "predictor"}[prefix] for prefix in used)
+    return f"starts from {path}: {source.summary(*used)}; {f'{heads} taken too' if heads else 'new head'}"
+
+
+def _alias(name: str, stem: str, channels: int) -> tuple[Any, str, int]:
+    """Networks of ours go by two names, and have a stem of their own whatever the settings say."""
+    own = VITS.get(name) or BACKBONES.get(name)
+    return own or name, "" if own else stem, channels
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def load_model(run: Run) -> MoCo:
+    """All of a run's model as its last checkpoint has it: both encoders, queue, predictor.
+
+    Raises:
+        ValueError: the run's settings name code, or do not fit its checkpoint.
+    """
+    run.refuse_code()
+    model = build_model(run.config.model.model_copy(update={"pretrained": False}), channels=run.config.data.channels)
+    if run.config.engine.precision == "fp64":
+        model = model.double()
+    load_weights(model, load(run.last)["model"], run.last)
+    return model.eval().requires_grad_(False)
+
+
+def load_projector(run: Run) -> nn.Module:
+    """The head of a run's query encoder, features -> projections; errors as `load_model`."""
+    encoder = load_model(run).query_encoder
+    assert isinstance(encoder, Encoder)
+    return encoder.projector

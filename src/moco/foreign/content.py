@@ -1,0 +1,291 @@
+"""What a checkpoint holds, whoever wrote it, under the names that our models have for it."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn, strided
+
+from moco.backbones import BACKBONES
+from moco.config import PretrainConfig, parse_config
+from moco.foreign.layouts import Found, architecture, find, image_side
+from moco.foreign.networks import COUNTER, HEADS_OF_BACKBONES, build_for, fill, first_name, fitting, refuse_other_heads
+from moco.views import CIFAR10, IMAGENET, VIEWS, view_specs
+from moco.vit import VITS
+
+QUERY, KEY = "query_encoder.", "key_encoder."
+QUERY_BACKBONE, QUERY_HEAD, KEY_HEAD = f"{QUERY}backbone.", f"{QUERY}projector.", f"{KEY}projector."
+OURS = "checkpoint of moco"
+PARTS = (
+    (r"key_encoder\.projector\.", KEY_HEAD),
+    (r"(query_encoder\.projector|projector|projection_head\.layers)\.", QUERY_HEAD),
+    (r"(momentum_projector|projection_head_momentum\.layers)\.", KEY_HEAD),
+    (r"predictor\.", "predictor."),
+    (r"queue\.(?=(keys|ids|pointer)$)", "queue."),
+)
+"""What lies beside an encoder, and its name in ours."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint, understood.
+
+    Attributes:
+        system: what wrote it, in words.
+        network: the backbone with the weights in it.
+        backbone: its name, as `build_backbone` takes it.
+        stem: `imagenet`, `small`, or a name in `STEMS`.
+        channels: of the images.
+        tensors: by the names that a model of ours has for them: `query_encoder.backbone.conv1.weight`, `queue.keys`.
+        mean: per channel, of images in [0, 1].
+        std: likewise.
+        input_size: side in pixels.
+        others: names in the file that have no place in ours.
+        prefix: under which the encoder lay.
+        optimizer: state by the names of `tensors`; None: the file has none that fits its tensors.
+        epoch: completed epochs, if the file says so.
+        remarks: what else should be known.
+    """
+
+    system: str
+    network: nn.Module
+    backbone: str
+    stem: str
+    channels: int
+    tensors: dict[str, Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: int
+    others: tuple[str, ...] = ()
+    prefix: str = ""
+    optimizer: dict[str, dict[str, Any]] | None = None
+    epoch: int | None = None
+    remarks: tuple[str, ...] = ()
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under a prefix, by the rest of their names."""
+        return {name[len(prefix) :]: each for name, each in self.tensors.items() if name.startswith(prefix)}
+
+    def summary(self, *used: str) -> str:
+        """One line: what was matched, and what else is in the file.
+
+        Args:
+            used: prefixes of tensors that are used besides the backbone's.
+        """
+        groups = (("head", QUERY_HEAD), ("key encoder", KEY), ("predictor", "predictor."), ("queue", "queue."))
+        ignored = [f"{what} ({len(self.part(p))})" for what, p in groups if self.part(p) and p not in used]
+        ignored += [f"others ({len(self.others)})"] if self.others else []
+        parts = [
+            f"{self.system}: {len(self.part(QUERY_BACKBONE))} of {len(self.network.state_dict())} tensors of "
+            f"{self.backbone} matched" + (f" under {self.prefix!r}" if self.prefix else ""),
+            *self.remarks,
+            *([f"ignored: {', '.join(ignored)}"] if ignored else []),
+            f"images of {self.input_size} pixels, mean {' '.join(f'{value:.4g}' for value in self.mean)}",
+        ]
+        return "; ".join(parts)
+
+
+def recognise(state: Any, path: Path, *, backbone: str | None = None) -> Foreign:
+    """What the content of a file is.
+
+    Args:
+        state: as `unpickle.read` gives it.
+        path: for messages.
+        backbone: its name; not given: found by names and shapes.
+
+    Raises:
+        ValueError: one line: no known network in it, not all of its tensors, or a network that only seems to fit.
+    """
+    tensors, config = _flat(state), _own_settings(state)
+    backbone = config.model.backbone if config and backbone is None else backbone
+    found = find(tensors)
+    if not found and backbone:
+        found = find(tensors, first_name(backbone))
+    weights = {ours: tensors[theirs] for theirs, ours in found[0].names.items()} if found else {}
+    likely = architecture(weights)
+    name = backbone or likely
+    if not found or name is None:
+        raise ValueError(
+            f"{path} holds no {backbone or 'network that is known here'}, its first names are "
+            f"{', '.join(list(tensors)[:3]) or 'none'}; name its network with --backbone"
+        )
+    best = found[0]
+    refuse_other_heads(name, weights, path)
+    network, stem, channels = build_for(name, weights, _odd_stem(tensors, state, best, weights, path))
+    remarks = fill(network, weights, name=name, likely=likely, path=path)
+    if best.follows:
+        remarks += ("only an encoder that follows another is in it",)
+    renamed = _renamed(tensors, found, network)
+    placed = {ours: _placed(ours, theirs, tensors[theirs]) for theirs, ours in renamed.items()}
+    small = stem.startswith("small") or name in BACKBONES
+    mean, std = ((sum(v) / 3,) * channels if channels != 3 else v for v in (CIFAR10 if small else IMAGENET))
+    foreign = Foreign(
+        system=_system(tensors, state, best),
+        network=network,
+        backbone=name,
+        stem=stem,
+        channels=channels,
+        tensors=placed | {QUERY_BACKBONE + n: each for n, each in fitting(weights, network).items()},
+        mean=mean,
+        std=std,
+        input_size=32 if small else image_side(weights),
+        others=tuple(theirs for theirs in tensors if theirs not in renamed),
+        prefix=best.prefix,
+        optimizer=_optimizer(state, tensors, renamed),
+        epoch=_epoch(state),
+        remarks=remarks,
+    )
+    return _with_settings(foreign, state, config, path)
+
+
+def _flat(state: Any, prefix: str = "", depth: int = 5) -> dict[str, Tensor]:
+    """Tensors by their path through nested dictionaries, without what training alone needs."""
+    flat: dict[str, Tensor] = {}
+    for name, value in state.items() if isinstance(state, dict) and depth else ():
+        if isinstance(name, str) and isinstance(value, Tensor) and value.layout == strided and not value.is_meta:
+            flat[prefix + name] = value
+        elif isinstance(name, str) and (prefix or not name.startswith(("optimizer", "random", "meter", "callbacks"))):
+            flat |= _flat(value, f"{prefix}{name}.", depth - 1)
+    return flat
+
+
+def _own_settings(state: Any) -> PretrainConfig | None:
+    own = isinstance(state, dict) and {"format", "model", "config"} <= state.keys()
+    return parse_config(state["config"]) if own and isinstance(state["config"], dict) else None
+
+
+def _system(tensors: dict[str, Tensor], state: Any, best: Found) -> str:
+    """What wrote it, by the names that each program gives."""
+    prefix, heads = best.prefix, [name for name in best.names.values() if name.startswith("fc.")]
+    if QUERY in prefix or KEY in prefix:
+        return OURS
+    if "encoder_q.net." in prefix:
+        return "checkpoint of the official CIFAR notebook"
+    if "encoder_q." in prefix:
+        return f"official MoCo {'v2' if 'fc.0.weight' in heads else 'v1' if heads else 'v1 or v2'} checkpoint"
+    if "base_encoder." in prefix:
+        return "official MoCo v3 checkpoint"
+    if _is_leftthomas(best):
+        return "checkpoint of leftthomas/MoCo"
+    if _is_solo(tensors):
+        return "checkpoint of solo-learn"
+    if "wrapped_model." in prefix or "lightly_train" in state:
+        return "checkpoint of LightlyTrain"
+    if best.layout == "children without ReLU" or any(
+        re.search("projection_head|backbone_momentum", n) for n in tensors
+    ):
+        return "checkpoint of lightly"
+    return "checkpoint of Lightning" if _is_lightning(state) else "state dict"
+
+
+def _is_lightning(state: Any) -> bool:
+    return "pytorch-lightning_version" in state
+
+
+def _is_leftthomas(best: Found) -> bool:
+    return best.layout == "children without pooling" and best.prefix.endswith("f.")
+
+
+def _is_solo(tensors: dict[str, Tensor]) -> bool:
+    return any(re.search(r"(^|\.)classifier\.weight$", name) for name in tensors) and any(
+        re.search(r"(^|\.)(projector|momentum_backbone|momentum_encoder)\.", name) for name in tensors
+    )
+
+
+def _odd_stem(
+    tensors: dict[str, Tensor], state: Any, best: Found, weights: dict[str, Tensor], path: Path
+) -> str | None:
+    """Of a 3x3 stem: solo-learn's pads by 2, and lightly's, taken apart into its children, has lost its ReLU."""
+    if "conv1.weight" not in weights or weights["conv1.weight"].shape[2:] != (3, 3):
+        return None
+    if best.layout == "children without ReLU":
+        return "small-linear"
+    if best.layout != "names" or not re.search(r"(backbone|encoder)\.$", best.prefix):
+        return None
+    if _is_solo(tensors):
+        return "small-pad2"
+    if _is_lightning(state) and any(re.search(r"(^|\.)classifier\.weight$", name) for name in tensors):
+        raise ValueError(
+            f"{path} may be solo-learn's, whose 3x3 stem pads by 2, or another's, which no tensor shows; give the "
+            "checkpoint of its pre-training, or a state dict of the backbone alone if that pads by 1"
+        )
+    return None
+
+
+def _renamed(tensors: dict[str, Tensor], found: list[Found], network: nn.Module) -> dict[str, str]:
+    """From the file's names to ours, of all that has a place in a model of ours."""
+    best, ours = found[0], network.state_dict()
+    key = next((each for each in found if each.follows and each.layout == best.layout and each is not best), None)
+    renamed: dict[str, str] = {}
+    for encoder, side in ((best, QUERY), (key, KEY)):
+        for theirs, name in encoder.names.items() if encoder else ():
+            root, _, rest = name.partition(".")
+            if name in ours:
+                renamed[theirs] = f"{side}backbone.{name}"
+            elif root in HEADS_OF_BACKBONES and rest:
+                renamed[theirs] = f"{side}projector.{rest}"
+    for theirs, tensor in tensors.items():
+        place = next(((m, place) for pattern, place in PARTS if (m := re.search(rf"(?:^|\.){pattern}", theirs))), None)
+        head = f"{best.prefix.removesuffix('f.')}g."
+        if theirs in renamed:
+            continue
+        if place:
+            renamed[theirs] = place[1] + theirs[place[0].end() :]
+        elif _is_leftthomas(best) and theirs.startswith(head):
+            renamed[theirs] = QUERY_HEAD + theirs[len(head) :]
+        elif re.search(r"(^|\.)queue$", theirs) and tensor.ndim == 2:
+            renamed[theirs] = "queue.keys"
+        elif re.search(r"(^|\.)queue_ptr$", theirs) and tensor.numel() == 1:
+            renamed[theirs] = "queue.pointer"
+    return {theirs: renamed[theirs] for theirs in tensors if theirs in renamed}
+
+
+def _placed(ours: str, theirs: str, tensor: Tensor) -> Tensor:
+    """The official queue has a key a column, ours a key a row."""
+    if ours == "queue.keys" and theirs.endswith("queue"):
+        return tensor.T.contiguous()
+    return tensor.reshape(()) if ours == "queue.pointer" and tensor.numel() == 1 else tensor
+
+
+def _optimizer(state: Any, tensors: dict[str, Tensor], renamed: dict[str, str]) -> dict[str, dict[str, Any]] | None:
+    """State by name: the official optimizers count the parameters of the whole model, frozen ones too, in its order."""
+    held = state.get("optimizer")
+    prefix = "state_dict." if isinstance(state.get("state_dict"), dict) else ""
+    buffers = (".running_mean", ".running_var", COUNTER, "queue", "queue_ptr")
+    names = [name for name in tensors if name.startswith(prefix) and not name.endswith(buffers)]
+    try:
+        order = [number for group in (held or {})["param_groups"] for number in group["params"]]
+        states = {name: (held or {})["state"].get(number) for name, number in zip(names, order, strict=True)}
+    except (TypeError, KeyError, AttributeError, ValueError):
+        return None
+    return {renamed[name]: dict(each) for name, each in states.items() if name in renamed and isinstance(each, dict)}
+
+
+def _epoch(state: Any) -> int | None:
+    epoch = state.get("epoch")
+    return epoch if isinstance(epoch, int) and epoch >= 0 else None
+
+
+def _with_settings(foreign: Foreign, state: Any, config: PretrainConfig | None, path: Path) -> Foreign:
+    """With what a file says of its images, where it does."""
+    if config:
+        if config.views.recipe not in VIEWS:
+            raise ValueError(
+                f"{path} names code to import, views.recipe {config.views.recipe!r}, which is not done unasked; give "
+                "the folder of its run"
+            )
+        spec, own_stem = view_specs(config.views)[0], foreign.backbone in BACKBONES or foreign.backbone in VITS
+        return replace(
+            foreign,
+            mean=spec.mean,
+            std=spec.std,
+            input_size=config.data.size or config.views.size,
+            stem=config.model.stem if own_stem else foreign.stem,
+        )
+    told = state.get("lightly_train")
+    told = told.get("normalize_args") if isinstance(told, dict) else None
+    both = [told.get("mean"), told.get("std")] if isinstance(told, dict) else []
+    if all(isinstance(v, list | tuple) and [type(x) for x in v] == [float] * foreign.channels for v in both) and both:
+        return replace(foreign, mean=tuple(both[0]), std=tuple(both[1]))
+    return foreign

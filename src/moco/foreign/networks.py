@@ -1,0 +1,117 @@
+"""The network of a file: built, compared tensor by tensor, filled; and what no shape shows refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco.backbones import BACKBONES
+from moco.encoder import build_backbone
+from moco.foreign.layouts import are_computed, places_of
+from moco.vit import HEADS, VITS
+
+COUNTER = ".num_batches_tracked"
+"""Of batch norms; files from before PyTorch 0.4.1 have none."""
+HEADS_OF_BACKBONES = ("fc", "head", "heads", "classifier", "linear")
+# Differences from the small stem of `build_backbone` that no shape shows.
+STEMS: dict[str, Callable[[Any], None]] = {
+    "small-pad2": lambda network: setattr(network.conv1, "padding", (2, 2)),
+    "small-linear": lambda network: setattr(network, "act1", nn.Identity()),
+}
+
+
+def build(name: str, *, stem: str, channels: int) -> nn.Module:
+    """As `build_backbone`, with the stems of `STEMS` too."""
+    network = build_backbone(name, stem="small" if stem in STEMS else stem, channels=channels)
+    if stem in STEMS:
+        STEMS[stem](network)
+    return network
+
+
+def build_for(name: str, weights: dict[str, Tensor], odd_stem: str | None) -> tuple[nn.Module, str, int]:
+    """The network that weights are of, its stem and the channels of its images; the generators stay as they are."""
+    conv = weights.get("conv1.weight")
+    small = conv is not None and conv.shape[2:] == (3, 3) and name not in BACKBONES and name not in VITS
+    stem = odd_stem or ("small" if small else "imagenet")
+    with torch.random.fork_rng(devices=[]):
+        network = build(name, stem=stem, channels=3)
+        first = next((each for each, ours in network.state_dict().items() if ours.ndim == 4), "")
+        channels = weights[first].shape[1] if first in weights and weights[first].ndim == 4 else 3
+        if channels != 3 and 1 <= channels <= 1024:
+            return build(name, stem=stem, channels=channels), stem, channels
+    return network, stem, 3
+
+
+def first_name(name: str) -> str:
+    """Of a network's tensors; errors as `build_backbone`."""
+    with torch.random.fork_rng(devices=[]):
+        return next(iter(build_backbone(name).state_dict()))
+
+
+def refuse_other_heads(name: str, weights: dict[str, Tensor], path: Path) -> None:
+    """The number of attention heads shows in no tensor: with another, weights load and features mean nothing."""
+    places = places_of(weights)
+    if places is None or places.shape[2] != 384:  # at 768 all have 12
+        return
+    computed = are_computed(places)
+    if computed and name not in VITS:
+        raise ValueError(
+            f"{path} is a ViT-S of MoCo v3: computed positions and {HEADS} heads; {name} has other heads, which shows "
+            "in no tensor and would make its features meaningless: give vit-small-v3 as the backbone"
+        )
+    if not computed and name in VITS:
+        raise ValueError(
+            f"{path} is a ViT-S with learned positions, as timm's and DeiT's, which have 6 heads; {name} has {HEADS}, "
+            "which shows in no tensor and would make its features meaningless: give vit_small_patch16_224"
+        )
+
+
+def fitting(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Those of the network, statistics that were kept for each group of a batch averaged, as for evaluation."""
+    ours = network.state_dict()
+    result = {name: each for name, each in weights.items() if name in ours}
+    for name, have in result.items():
+        channels = len(ours[name]) if ours[name].ndim == 1 else 0
+        grouped = name.endswith((".running_mean", ".running_var")) and have.ndim == 1 and len(have) > channels
+        if grouped and len(have) % channels == 0:
+            result[name] = have.view(-1, channels).mean(0)
+    return result
+
+
+def fill(
+    network: nn.Module, weights: dict[str, Tensor], *, name: str, likely: str | None, path: Path
+) -> tuple[str, ...]:
+    """Loads weights, all of which have to be there; returns what should be known about them.
+
+    Args:
+        network: built for them.
+        weights: by the network's names; a head's may be among them.
+        name: of the network.
+        likely: what the weights look like.
+        path: for messages.
+
+    Raises:
+        ValueError: one line with the first name that does not fit.
+    """
+    ours, theirs = network.state_dict(), fitting(weights, network)
+    roots = {each.partition(".")[0] for each in ours} - set(HEADS_OF_BACKBONES)
+    missing = [each for each in ours if each not in theirs and not each.endswith(COUNTER)]
+    surplus = [each for each in weights if each not in ours and each.partition(".")[0] in roots]
+    shapes = [each for each in theirs if theirs[each].shape != ours[each].shape]
+    hint = f"it looks like {likely}" if likely not in (None, name) else "name its network with --backbone"
+    for names, what in ((missing, "lacks"), (surplus, "has more than its"), (shapes, "has other shapes for")):
+        if names:
+            raise ValueError(
+                f"{path} is no {name}: it {what} {len(names)} of {len(ours)} tensors, first {names[0]!r}; {hint}"
+                if names is not surplus
+                else f"{path} is no {name}: it has {len(names)} tensors more, first {names[0]!r}; {hint}"
+            )
+    network.load_state_dict(ours | theirs)
+    remarks = []
+    if len(ours) > len(theirs):
+        remarks.append(f"{len(ours) - len(theirs)} counters of batch norms missing, as in old files")
+    if any(weights[each].shape != theirs[each].shape for each in theirs):
+        remarks.append("statistics of split batch norms averaged")
+    return tuple(remarks)
