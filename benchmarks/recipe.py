@@ -9,7 +9,8 @@ from pathlib import Path
 
 import moco
 import rows
-from moco.config import load_recipe, merge
+from moco.config import merge
+from moco.recipes import load_recipe
 
 
 def main() -> None:

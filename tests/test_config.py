@@ -15,12 +15,11 @@ from moco.config import (
     PretrainConfig,
     ViewsConfig,
     fields,
-    load_recipe,
     merge,
     parse_config,
-    recipe_names,
     to_yaml,
 )
+from moco.recipes import load_recipe, recipe_names
 
 SECTIONS = [DataConfig, ViewsConfig, ModelConfig, OptimConfig, MonitorConfig, EngineConfig, PretrainConfig]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
@@ -49,6 +50,10 @@ def test_every_dataset_keeps_the_contract(name, tmp_path, monkeypatch):
         content = {"data": np.zeros((5, 3072), np.uint8), "fine_labels": [0, 99, 5, 6, 7], "coarse_labels": [1] * 5}
         (hundred / part).write_bytes(dump_as_2009(content))
     (hundred / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"f{k}" for k in range(100)]}))
+    for part in ("train", "val"):
+        for label in "ab":
+            (tmp_path / "imagenet" / part / label).mkdir(parents=True)
+            Image.new("RGB", (70, 70)).save(tmp_path / "imagenet" / part / label / "0.png")
     splits = load(source=name)
     assert isinstance(splits, Splits)
     for images in splits:

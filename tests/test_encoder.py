@@ -95,6 +95,19 @@ def test_backbones_that_timm_lacks_come_from_torchvision() -> None:
     assert backbone(torch.rand(1, 3, 32, 32)).shape == (1, 1024)
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vgg11", "hgnetv2_b0"])
+def test_features_are_as_long_as_is_said_where_timm_has_a_layer_before_the_classifier(name: str) -> None:
+    backbone = on_paper(name).eval()
+    assert backbone(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, num_features(backbone))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit-small-v3"])
+def test_transformers_take_images_of_any_size(name: str) -> None:
+    backbone = on_paper(name, channels=1).eval()
+    for height, width in ((32, 48), (37, 20)):
+        assert backbone(torch.empty(2, 1, height, width, device="meta")).shape == (2, num_features(backbone))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -106,6 +119,10 @@ def test_backbones_that_timm_lacks_come_from_torchvision() -> None:
         ({"name": "shufflenet_v2_x0_5", "channels": 1}, r"without 1 channels here; use one of timm's$"),
         ({"name": "shufflenet_v2_x0_5", "pretrained": True}, r"without pretrained weights here; use one of timm's$"),
         ({"name": "resnet-tiny", "pretrained": True}, r"'resnet-tiny' has no published weights"),
+        ({"name": "vit-small-v3", "pretrained": True}, r"'vit-small-v3' has no published weights"),
+        ({"name": "vit-small-v3", "stem": "small"}, r"no ResNet stem .* --model.stem imagenet$"),
+        ({"name": "vit-smal-v3"}, r"unknown backbone 'vit-smal-v3': .*vit-small-v3"),
+        ({"name": "resnet18.nonsense"}, r"^timm cannot make .*'resnet18.nonsense' with 3 channels: Invalid .* tag"),
     ],
 )
 def test_backbones_that_cannot_be_had_are_refused_in_one_line(arguments: dict, message: str) -> None:

@@ -41,7 +41,8 @@ def num_parameters(module: nn.Module) -> int:
         ("v1", "resnet50", {"stem": "small", "head": "mlp_bn"}, 24_615_616, None),
         ("v3", "resnet50", {}, 32_953_408, None),
         ("v3", "vit_small_patch16_224", {}, 41_080_704, None),
-        ("v3", "vit_base_patch16_224", {}, 106_786_560, None),
+        ("v3", "vit-small-v3", {}, 41_080_704, None),
+        ("v3", "vit-base-v3", {}, 106_786_560, None),
     ],
 )
 def test_encoders_have_the_published_number_of_parameters(
@@ -164,6 +165,13 @@ def test_v3_starts_each_residual_block_as_the_identity_and_v1_does_not() -> None
         model: Any = moco.create_model(variant, backbone="resnet18", hidden_dim=16, queue_size=queue_size)
         for encoder in (model.query_encoder, model.key_encoder):
             assert (encoder.backbone.layer3[1].bn2.weight == start).all()
+
+
+@pytest.mark.parametrize("name", ["vit-small-v3", "vit-conv-small-v3"])
+def test_the_transformers_of_v3_have_its_deeper_heads(name: str) -> None:
+    model = on_paper("v3", name)
+    assert [m.in_features for m in model.query_encoder.projector if isinstance(m, nn.Linear)] == [384, 4096, 4096]
+    assert isinstance(model.predictor[-1], SyncBatchNorm) and model.predictor[-1].weight is None
 
 
 def test_resnets_have_a_shallower_projector_and_a_bare_predictor_in_v3() -> None:

@@ -3,12 +3,12 @@
 Nothing here imports torch, so that help, unknown flags and wrong values answer at once.
 """
 
-import difflib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+
+from moco.explain import explain
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
@@ -24,7 +24,7 @@ class DataConfig(Section):
     """Which images, and how they are read."""
 
     source: Annotated[str, Field(min_length=1)] = "digits"
-    """`digits`, `cifar10`, `cifar100`, or a folder of images: with class subfolders, without, or `train/` + `test/`."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, or a folder: with class subfolders, without, `train/` + `test/`."""
     size: Count | None = None
     """Side in pixels at which images are looked at when features are taken; not given: that of the views."""
     channels: Literal[1, 3] = 3
@@ -54,7 +54,7 @@ class ModelConfig(Section):
     variant: str = "v2"
     """`v1` (linear head), `v2` (two-layer head) or `v3` (no queue, predictor, symmetric loss)."""
     backbone: str = "resnet50"
-    """A timm or torchvision model name."""
+    """A timm or torchvision name, or `vit-small-v3`, `vit-base-v3`, `vit-conv-small-v3`, `vit-conv-base-v3`."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """`small` replaces a ResNet's 7x7/2 convolution and pooling by a 3x3/1 convolution (images under 64 pixels)."""
     pretrained: bool = False
@@ -152,6 +152,39 @@ class EngineConfig(Section):
     """Only algorithms that give the same bits each time (CUDA; CPU always does)."""
 
 
+class EvaluateConfig(Section):
+    """How an encoder is measured; what is not given is the published setting of the protocol."""
+
+    form: str | None = None
+    """Of `linear`: `fast`, `official`, `v3` or `leftthomas`, not given `fast`; of `finetune`: `resnet` or `vit`."""
+    features: Literal["features", "projection"] = "features"
+    """What kNN looks at: the backbone's output, or the projector's, which runs of this program hold."""
+    k: Count | None = None
+    """Neighbours that vote; not given: as in the run, or 200."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """A neighbour's vote is exp(similarity / temperature); not given: as in the run, or 0.1."""
+    labels: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the training labels that is used: as many of each class, the same images for the same seed."""
+    epochs: Count | None = None
+    """Passes over the labelled images."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate per 256 images, in place of the protocol's."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """In place of the protocol's."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """`finetune`: each layer learns at so many times the rate of the one above it; not given: the form's."""
+    from_scratch: bool = False
+    """`finetune`: start the same network at random, to see what the pre-training is worth."""
+    batch_size: Annotated[int, Field(ge=2)] | None = None
+    """Images per step."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Everything random follows from it."""
+    accelerator: str = "auto"
+    """`cpu`, `cuda`, `mps`; `auto`: the fastest that is there."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """Of the encoder's arithmetic; `auto`: bf16 where it is fast."""
+
+
 class PretrainConfig(Section):
     """One pre-training run, whole."""
 
@@ -165,6 +198,8 @@ class PretrainConfig(Section):
     """Stop after this many steps; the schedules still span `epochs`. Not given: never."""
     batch_size: Annotated[int, Field(ge=2)] = 256
     """Images per step over all devices."""
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    """Start the backbone from a checkpoint of anybody's: a file, or the folder of a run."""
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     model: ModelConfig = ModelConfig()
@@ -217,6 +252,14 @@ def check(config: PretrainConfig) -> None:
         )
 
 
+def parse_evaluation(data: dict[str, Any]) -> EvaluateConfig:
+    """Plain settings of an evaluation, checked; errors as `parse_config`."""
+    try:
+        return EvaluateConfig.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(explain(error, list(EvaluateConfig.model_fields))) from None
+
+
 def fields(section: type[BaseModel] = PretrainConfig, prefix: str = "") -> dict[str, FieldInfo]:
     """All settings by their dotted names, in the order of the file."""
     found: dict[str, FieldInfo] = {}
@@ -244,7 +287,7 @@ def parse_config(data: dict[str, Any]) -> PretrainConfig:
     try:
         return PretrainConfig.model_validate(data)
     except ValidationError as error:
-        raise ValueError(explain(error)) from None
+        raise ValueError(explain(error, list(fields()))) from None
 
 
 def merge(config: PretrainConfig, overrides: dict[str, Any]) -> PretrainConfig:
@@ -260,118 +303,11 @@ def merge(config: PretrainConfig, overrides: dict[str, Any]) -> PretrainConfig:
     return parse_config(_merged(config.model_dump(), overrides))
 
 
-def load_recipe(name_or_path: str) -> PretrainConfig:
-    """A recipe by name, or a configuration from a YAML file (a run's `config.yaml` is one).
-
-    Raises:
-        ValueError: no such recipe (with the known names), a file that is not YAML, or as `parse_config`.
-        FileNotFoundError: a path to no file.
-    """
-    import yaml
-
-    text, path = recipe_text(name_or_path), _recipe_path(name_or_path)
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds {_shown(data)}; expected lines such as `epochs: 100`")
-    try:
-        return parse_config({"recipe": path.stem} | data)
-    except ValueError as error:
-        raise ValueError(f"{error} (in {path.name})") from None
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
-
-
-def recipe_text(name_or_path: str) -> str:
-    """A recipe's YAML as written, header included; errors as `load_recipe`."""
-    path = _recipe_path(name_or_path)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text; expected a YAML file") from None
-
-
-def recipe_record(name_or_path: str) -> dict[str, str]:
-    """What a recipe's header says of the experiment.
-
-    Returns:
-        `about`, `source`, `expected` and `cost`, as far as the header has them.
-    """
-    record: dict[str, str] = {}
-    key = None
-    for line in recipe_text(name_or_path).splitlines():
-        if not line.startswith("#"):
-            break
-        start, colon, rest = line[1:].partition(":")
-        if colon and start.strip() in ("about", "source", "expected", "cost"):
-            key = start.strip()
-            record[key] = rest.strip()
-        elif key:
-            record[key] = f"{record[key]} {line[1:].strip()}".strip()
-    return record
-
-
 def to_yaml(config: PretrainConfig) -> str:
     """Every setting as YAML, without comments; `load_recipe` reads it back to an equal configuration."""
     import yaml
 
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def explain(error: ValidationError) -> str:
-    """Pydantic's report as one line: dotted name, what was given, what was expected."""
-    found = error.errors(include_url=False)
-    first = found[0]
-    if first["type"] == "value_error":
-        return first["msg"].removeprefix("Value error, ")
-    known = list(fields())
-    name = _dotted(first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"{name} is not a setting{closest(name, known)}; `moco pretrain --help` lists all"
-    if first["type"] == "model_type":
-        inside = [field for field in known if field.startswith(name + ".")]
-        return f"{name} is {_shown(first['input'])}; expected settings of its own, such as {', '.join(inside[:3])}"
-    # A union reports each of its branches: the setting is the same, what was expected is either.
-    same = [e["msg"].removeprefix("Input should be ").partition(",")[0] for e in found if _dotted(e["loc"]) == name]
-    if first["type"] == "literal_error":
-        same = [first["ctx"]["expected"]]
-    line = f"{name} is {_shown(first['input'])}; expected {' or '.join(dict.fromkeys(same))}"
-    if first["type"] == "literal_error":
-        line += closest(
-            str(first["input"]), first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        )
-    return line
-
-
-def _dotted(loc: tuple[int | str, ...]) -> str:
-    """Without list positions and the names of union branches, which pydantic appends to a field's own."""
-    known = fields()
-    for end in range(1, len(loc)):
-        if ".".join(map(str, loc[:end])) in known:
-            return ".".join(map(str, loc[:end]))
-    return ".".join(map(str, loc))
-
-
-def closest(name: str, known: list[str]) -> str:
-    """`; did you mean ...?`, by the whole dotted name or by its last part."""
-    leaves = {each.rpartition(".")[2]: each for each in reversed(known)}
-    last = name.rpartition(".")[2]
-    same_word = [each for leaf, each in leaves.items() if last in leaf.split("_")]
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-    match = match or difflib.get_close_matches(name, same_word, n=1, cutoff=0)
-    match = match or [leaves[leaf] for leaf in difflib.get_close_matches(last, leaves, n=1)]
-    match = match or difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {match[0]}?" if match else ""
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -380,19 +316,3 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         old = result.get(name)
         result[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
-
-
-def _recipe_path(name_or_path: str) -> Path:
-    if name_or_path in recipe_names():
-        return Path(__file__).parent / "recipes" / f"{name_or_path}.yaml"
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        return path
-    if path.suffix in (".yaml", ".yml"):
-        raise FileNotFoundError(
-            f"no file {name_or_path}; expected a recipe's YAML or one of {', '.join(recipe_names())}"
-        )
-    raise ValueError(
-        f"no recipe {name_or_path!r}{closest(name_or_path, recipe_names())}; expected one of "
-        f"{', '.join(recipe_names())}, or a path to a YAML file"
-    )

@@ -13,11 +13,13 @@ import torch
 import torchvision
 from jaxtyping import Float, UInt8
 from PIL import Image
+from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
 from moco.backbones import BACKBONES
 from moco.batchnorm import grouped_order
 from moco.transforms import centred, normalise, pixels_of
+from moco.vit import VITS
 
 Images = Float[Tensor, "n c h w"]
 
@@ -104,31 +106,30 @@ def build_backbone(
     """A network without classifier, with `num_features`.
 
     Args:
-        name: in `moco.backbones.BACKBONES`, of timm, or of torchvision.
+        name: in `moco.backbones.BACKBONES` or `moco.vit.VITS`, of timm, or of torchvision.
         stem: `small` puts a 3x3/1 convolution in place of a ResNet's 7x7/2 one, and drops the pooling behind it.
         channels: of the images.
         pretrained: timm's published weights (downloaded by timm).
         zero_init_last: each residual block starts as the identity.
 
     Raises:
-        ValueError: unknown name, or a small stem for a network that is not a ResNet.
+        ValueError: unknown name, a small stem for a network that is not a ResNet, or what the library refuses.
     """
-    if name in BACKBONES:  # their stem is their own
+    if name in BACKBONES or name in VITS:
         if pretrained:
             raise ValueError(f"backbone {name!r} has no published weights; leave out --model.pretrained")
-        return BACKBONES[name](channels)
-    if timm.is_model(name):
-        options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
-        if name.startswith(("resnet", "wide_resnet", "resnext")):
-            options["zero_init_last"] = zero_init_last
-        backbone = timm.create_model(name, pretrained=pretrained, **options)
+        if name in BACKBONES:  # their stem is their own
+            return BACKBONES[name](channels)
+        backbone: Any = VITS[name](channels)
+    elif timm.is_model(name):
+        backbone = _from_timm(name, channels, pretrained, zero_init_last)
     elif name in torchvision.models.list_models(module=torchvision.models):  # its classifiers
         if pretrained or (channels != 3 and stem != "small"):
             given = "pretrained weights" if pretrained else f"{channels} channels"
             raise ValueError(f"backbone {name!r} is torchvision's, which comes without {given} here; use one of timm's")
         backbone = _without_classifier(torchvision.models.get_model(name))
     else:
-        known = [*BACKBONES, *timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
+        known = [*BACKBONES, *VITS, *timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
         near = difflib.get_close_matches(name, known, n=3)
         raise ValueError(
             f"unknown backbone {name!r}: expected a model name of timm or torchvision"
@@ -136,6 +137,23 @@ def build_backbone(
         )
     if stem == "small":
         _small_stem(backbone, name, channels)
+    return backbone
+
+
+def _from_timm(name: str, channels: int, pretrained: bool, zero_init_last: bool) -> nn.Module:
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
+    if name.startswith(("resnet", "wide_resnet", "resnext")):
+        options["zero_init_last"] = zero_init_last
+    if is_model_in_modules(name, ("vision_transformer", "deit")):  # images of any size
+        options |= {"dynamic_img_size": True, "dynamic_img_pad": True}
+    try:
+        backbone = timm.create_model(name, pretrained=pretrained, **options)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{channels} channels" + (" and pretrained weights" if pretrained else "")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"timm cannot make backbone {name!r} with {what}: {reason}") from error
+    # Some networks, MobileNets among them, have a layer between what timm calls features and the classifier.
+    backbone.num_features = getattr(backbone, "head_hidden_size", backbone.num_features)
     return backbone
 
 

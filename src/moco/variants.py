@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from moco import batchnorm, dist
-from moco.config import ModelConfig, explain
+from moco.config import ModelConfig
 from moco.encoder import Encoder, build_backbone, linear_head, mlp_bn_head, mlp_head, num_features, v3_mlp
+from moco.explain import explain
 from moco.model import BatchMoCo, KeyQueue, MoCo, QueueMoCo
 
 # Where a paper's value for ImageNet is not `ModelConfig`'s default, which is v2's.
@@ -79,7 +80,7 @@ def create_model(
     try:
         config = ModelConfig.model_validate({"variant": variant} | chosen)
     except ValidationError as error:
-        raise ValueError(explain(error)) from None
+        raise ValueError(explain(error, list(ModelConfig.model_fields))) from None
     return build_model(config, backbone=backbone if isinstance(backbone, nn.Module) else None, channels=channels)
 
 

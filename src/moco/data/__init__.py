@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moco.config import DataConfig
 from moco.data.arrays import ArrayImages
-from moco.data.datasets import cifar10, cifar100, cifar_folder, digits
+from moco.data.datasets import cifar10, cifar100, cifar_folder, digits, imagenet
 from moco.data.decode import BadImage
 from moco.data.folder import FileImages, Images, Splits, load_folder
 from moco.data.given import as_images
@@ -30,7 +30,12 @@ __all__ = [
 GIVEN = "given"
 """In place of a source, in the settings of a run whose images a program handed over."""
 
-DATASETS: dict[str, Callable[[DataConfig], Splits]] = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100}
+DATASETS: dict[str, Callable[[DataConfig], Splits]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "imagenet": imagenet,
+}
 
 
 def load_data(config: DataConfig) -> Splits:

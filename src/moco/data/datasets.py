@@ -1,4 +1,4 @@
-"""The image sets known by name: digits and CIFAR. Reading one runs no code from its files."""
+"""The image sets known by name: digits, CIFAR and ImageNet. Reading one runs no code from its files."""
 
 import io
 import logging
@@ -16,7 +16,7 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.data.arrays import ArrayImages
 from moco.data.decode import luma
-from moco.data.folder import Splits
+from moco.data.folder import Splits, load_folder
 
 
 def digits(config: DataConfig) -> Splits:
@@ -80,6 +80,33 @@ def cifar100(config: DataConfig) -> Splits:
     return _cifar("cifar100", config)
 
 
+def imagenet(config: DataConfig) -> Splits:
+    """ImageNet of 1,000 classes (ILSVRC 2012) from `$MOCO_DATA/imagenet` or `~/.cache/moco/imagenet`.
+
+    There `train/` and `val/` hold a folder per class, as torchvision's `ImageNet` unpacks the archives.
+
+    Raises:
+        ValueError: it is not there (its licence does not let a program download it), or its images are not in classes.
+    """
+    places = _places("imagenet")
+    place = next((place for place in places if (place / "train").is_dir()), None)
+    if place is None:
+        tar = next((tar for place in places for tar in sorted(place.glob("ILSVRC2012*.tar"))), None)
+        why = f"{str(tar)!r} is not unpacked here" if tar else "its licence (image-net.org) allows no download here"
+        raise ValueError(
+            f"imagenet: no folder {' nor '.join(str(place / 'train') for place in places)}; {why}: put train/ and val/"
+            " there with a folder of images per class, or give theirs with --data FOLDER"
+        )
+    splits = load_folder(place, config)
+    for name, images in (("train", splits.train), ("val", splits.test)):
+        if images is not None and images.labels is None:
+            raise ValueError(
+                f"imagenet: {str(place / name)!r} has no class folders; expected one per class, named as in both parts:"
+                f" sort the images into them, or give --data {place / 'train'}, which needs no labels"
+            )
+    return splits
+
+
 def cifar_folder(folder: Path) -> Callable[[DataConfig], Splits] | None:
     """A loader of the CIFAR python files that this folder is, or directly holds; None for any other folder."""
     for name, layout in _CIFAR.items():
@@ -90,10 +117,15 @@ def cifar_folder(folder: Path) -> Callable[[DataConfig], Splits] | None:
 
 
 def _cifar(name: str, config: DataConfig) -> Splits:
-    layout, cache = _CIFAR[name], Path("~/.cache/moco").expanduser()
-    places = [Path(root) / layout.folder for root in (os.environ.get("MOCO_DATA"), cache) if root]
+    places = _places(_CIFAR[name].folder)
     place = next((place for place in places if place.is_dir()), None)
-    return _read_cifar(name, place or _download_cifar(name, cache), config)
+    return _read_cifar(name, place or _download_cifar(name, places[-1].parent), config)
+
+
+def _places(folder: str) -> list[Path]:
+    """Where a set is looked for: `$MOCO_DATA`, then the cache."""
+    cache = Path("~/.cache/moco").expanduser()
+    return [Path(root) / folder for root in (os.environ.get("MOCO_DATA"), cache) if root]
 
 
 def _download_cifar(name: str, cache: Path) -> Path:

@@ -1,0 +1,75 @@
+"""Settings as flags.
+
+From a section of the configuration to the parser's types, from tokens to what it wants, and from errors to one line.
+"""
+
+from typing import Annotated, Any, TypedDict, get_args
+
+from cyclopts import Group, Parameter
+from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliTokensError
+from pydantic import BaseModel, ValidationError
+
+from moco.config import EvaluateConfig, PretrainConfig, fields
+from moco.explain import closest, explain
+
+SECTIONS: dict[str, type[BaseModel]] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
+"""Whose settings a verb takes as flags."""
+
+
+def flags_of(section: type[BaseModel], prefix: str = "") -> Any:
+    """The section as flags: the same names, types and help, and only those that are given are there.
+
+    A TypedDict and no pydantic model: the parser would read pydantic's own source for help, half a second of it.
+    """
+    typed: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        dotted = prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            group = Group(f"{dotted}: {(field.annotation.__doc__ or '').rstrip('.')}", sort_key=len(typed))
+            inner = flags_of(field.annotation, f"{dotted}.")
+            typed[name] = Annotated[inner, Parameter(group=group)]  # ty: ignore[invalid-type-form]
+        elif dotted != "recipe":
+            names = [f"--{dotted}", "--data"] if dotted == "data.source" else None
+            typed[name] = Annotated[field.annotation, Parameter(name=names, help=field.description)]
+    return TypedDict(section.__name__, typed, total=False)  # ty: ignore[invalid-argument-type]
+
+
+def spelled(tokens: list[str]) -> list[str]:
+    """Tokens as the parser wants them: `--data X`, hyphens for underscores, `--model.symmetric false`."""
+    if not tokens or tokens[0] not in SECTIONS:
+        return tokens
+    hints = {name: field.annotation for name, field in fields(SECTIONS[tokens[0]]).items()}
+    hints |= {"print_config": None}
+    result: list[str] = []
+    for token in tokens:
+        last = result[-1][2:] if result and result[-1].startswith("--") else ""
+        if token.lower() in ("true", "false", "none", "null") and bool in (hints.get(last), *get_args(hints.get(last))):
+            result[-1] += "=" + token.lower().replace("none", "null")
+            continue
+        flag, equals, value = token.partition("=")
+        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        name = "data.source" if name == "data" and tokens[0] == "pretrain" else name
+        result.append(f"--{name}{equals}{value}" if name in hints else token)
+    return result
+
+
+def explained(error: Exception) -> str:
+    """An error as one line for the person who gave the command."""
+    text, flag, known = str(error), "", [*fields(), *EvaluateConfig.model_fields]
+    if isinstance(error, CycloptsError) and isinstance(error.__cause__, ValidationError):
+        # The parser has some values checked one by one: pydantic then does not know whose they are.
+        flag = error.argument.name.lstrip("-") if error.argument and not error.__cause__.errors()[0]["loc"] else ""
+        error = error.__cause__
+    if isinstance(error, ValidationError):
+        text = flag + explain(error, known)
+    elif isinstance(error, UnknownOptionError) and "." in (
+        flag := (error.token.keyword or error.token.value)[2:].partition("=")[0]
+    ):
+        text = f"--{flag} is not a setting{closest(flag, list(fields())).replace('mean ', 'mean --')}"
+    elif isinstance(error, UnusedCliTokensError):
+        text = f"unexpected {' '.join(error.unused_tokens or ())}; `moco VERB --help` shows what a verb takes"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+    elif isinstance(error, RuntimeError | ImportError | MemoryError):
+        text = f"{text or type(error).__name__} (MOCO_TRACEBACK=1 shows where)"
+    return " ".join(text.split())

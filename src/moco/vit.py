@@ -1,0 +1,127 @@
+"""The vision transformers of MoCo v3 (arXiv:2104.02057, section 4 and appendix A): timm's modules, v3's start.
+
+They differ from timm's of the same size in what no checkpoint shows: 12 heads also at width 384, positions that are
+computed and not learned, and a random patch projection that stays as it is.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+PATCH, GRID, HEADS = 16, 14, 12
+"""Pixels along a patch, patches along an image of 224 pixels, attention heads of every model here."""
+TEMPERATURE = 10_000.0
+"""Of the positions: their wave lengths run from 2 pi to 2 pi times this, in patches."""
+
+
+def vision_transformer(
+    width: int, *, depth: int = 12, channels: int = 3, conv_stem: bool = False, freeze_patches: bool = True
+) -> VisionTransformer:
+    """A v3 transformer without classifier: images -> the normalised class token, of length `num_features`.
+
+    Images of other sizes than 224 have the positions resampled, as timm does it; sides that are no multiple of 16 are
+    filled up to one with zeros, the colour that normalisation makes the mean, on the right and at the bottom.
+
+    Args:
+        width: D, length of a token.
+        depth: number of blocks.
+        channels: of the images.
+        conv_stem: four 3x3 convolutions of stride 2, each with batch norm and ReLU, in place of the patch projection;
+            the paper then has a block less.
+        freeze_patches: leave the patch projection at its random start (section 4.2). A convolutional stem learns.
+    """
+    model = VisionTransformer(
+        img_size=PATCH * GRID,
+        patch_size=PATCH,
+        in_chans=channels,
+        num_classes=0,
+        embed_dim=width,
+        depth=depth,
+        num_heads=HEADS,
+        weight_init="skip",
+        dynamic_img_size=True,
+        dynamic_img_pad=True,
+    )
+    patches = model.patch_embed.proj
+    assert isinstance(patches, nn.Conv2d) and model.cls_token is not None and model.pos_embed is not None
+    for block in model.blocks:
+        for name, layer in block.named_modules():
+            if isinstance(layer, nn.Linear):
+                # Queries, keys and values are three matrices in one, each drawn by its own size.
+                rows = layer.out_features // 3 if name == "attn.qkv" else layer.out_features
+                _uniform(layer, rows + layer.in_features)
+    nn.init.normal_(model.cls_token, std=1e-6)
+    with torch.no_grad():
+        model.pos_embed.copy_(torch.cat([torch.zeros(1, width), positions(GRID, GRID, width)])[None])
+    model.pos_embed.requires_grad_(False)
+    if conv_stem:
+        model.patch_embed.proj = _conv_stem(channels, width)
+    else:
+        _uniform(patches, channels * PATCH**2 + width)
+        patches.requires_grad_(not freeze_patches)
+    return model
+
+
+def positions(rows: int, columns: int, width: int) -> Float[Tensor, "n d"]:
+    """Positions of patches, row by row: sines and cosines of the row, then of the column, in quarters of `width`.
+
+    Entry i of a quarter is at frequency `TEMPERATURE ** (-i / (width / 4))`.
+    """
+    frequency = TEMPERATURE ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = (torch.arange(count, dtype=torch.float64).outer(frequency) for count in (rows, columns))
+    down, across = row.repeat_interleave(columns, dim=0), column.repeat(rows, 1)
+    return torch.cat([down.sin(), down.cos(), across.sin(), across.cos()], dim=1).float()
+
+
+def _conv_stem(channels: int, width: int) -> nn.Sequential:
+    """From an eighth of the width, doubled at each convolution (Xiao et al., arXiv:2106.14881, section 4); then 1x1."""
+    sizes = [channels, *(width // 8 * 2**layer for layer in range(4))]
+    layers: list[nn.Module] = []
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Conv2d(sizes[-1], width, 1))
+
+
+def _uniform(layer: nn.Linear | nn.Conv2d, fans: int) -> None:
+    """Glorot's uniform start for a layer with so many inputs and outputs; no bias."""
+    bound = math.sqrt(6 / fans)
+    nn.init.uniform_(layer.weight, -bound, bound)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def vit_small(channels: int) -> VisionTransformer:
+    """21.7 million parameters."""
+    return vision_transformer(384, channels=channels)
+
+
+def vit_base(channels: int) -> VisionTransformer:
+    """85.8 million parameters."""
+    return vision_transformer(768, channels=channels)
+
+
+def vit_conv_small(channels: int) -> VisionTransformer:
+    return vision_transformer(384, depth=11, channels=channels, conv_stem=True)
+
+
+def vit_conv_base(channels: int) -> VisionTransformer:
+    return vision_transformer(768, depth=11, channels=channels, conv_stem=True)
+
+
+VITS: dict[str, Callable[[int], VisionTransformer]] = {
+    "vit-small-v3": vit_small,
+    "vit-base-v3": vit_base,
+    "vit-conv-small-v3": vit_conv_small,
+    "vit-conv-base-v3": vit_conv_base,
+    # As the official code calls them.
+    "vit_small": vit_small,
+    "vit_base": vit_base,
+    "vit_conv_small": vit_conv_small,
+    "vit_conv_base": vit_conv_base,
+}
+"""By name, from the number of channels."""
