@@ -1,16 +1,20 @@
+import json
 import math
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import moco
 from moco.checkpoint import save_encoder
 from moco.config import DataConfig, parse_config
 from moco.data import ArrayImages, Splits, load_data
 from moco.encoder import ImageEncoder, build_backbone
-from moco.evaluate import EVALUATIONS, held_out
+from moco.evaluate import held_out
+from moco.evaluate.contract import balanced
 from moco.evaluate.knn import few_label_accuracy, knn_accuracy, knn_scores
 
 CLASSES = 7
@@ -174,7 +178,7 @@ def test_every_tenth_image_is_held_out_where_there_is_no_test_part():
 
 
 def test_holding_out_needs_labels_and_enough_images():
-    with pytest.raises(ValueError, match="no labels, which kNN needs"):
+    with pytest.raises(ValueError, match="no labels, which this protocol needs"):
         held_out(Splits(array_images(45, labelled=False), None))
     with pytest.raises(ValueError, match="19 labelled images are too few .* at least 20"):
         held_out(Splits(array_images(19), None))
@@ -195,22 +199,98 @@ def run(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("protocol", EVALUATIONS)
-def test_every_protocol_gives_percentages_and_by_default_uses_the_settings_of_the_run(protocol, run):
-    got = moco.evaluate(run.path, protocol)
-    assert got and all(name.startswith(protocol) and 0 <= value <= 100 for name, value in got.items())
-    assert got == moco.evaluate(str(run.path), protocol, data="digits", k=9, temperature=0.2)
-    assert got != moco.evaluate(run.path, protocol, k=100, temperature=1.0)
+def test_knn_by_default_uses_the_settings_of_the_run(run):
+    got = moco.evaluate(run.path).figures
+    assert got == moco.evaluate(str(run.path), "knn", data="digits", settings={"k": 9, "temperature": 0.2}).figures
+    assert got != moco.evaluate(run.path, settings={"k": 100, "temperature": 1.0}).figures
 
 
 def test_evaluating_by_knn_is_knn_of_the_embedded_splits(run):
     encoder = moco.load_encoder(run.path)
     train, test = (moco.embed(encoder, part) for part in load_data(DataConfig(source="digits")) if part)
     want = moco.knn(train, test, k=9, temperature=0.2)
-    assert moco.evaluate(run.path) == {"knn_top1": want["top1"], "knn_top5": want["top5"]}
+    assert moco.evaluate(run.path).figures == pytest.approx(want)
     assert want["top1"] > 80  # of an untrained network
 
 
+def test_a_bank_read_in_blocks_gives_the_same_neighbours(monkeypatch):
+    bank, labels = random_set(301, seed=0)
+    queries, _ = random_set(40, seed=1)
+    whole = knn_scores(bank, labels, queries, k=25, temperature=0.1)
+    module = sys.modules["moco.evaluate.knn"]
+    monkeypatch.setattr(module, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 7 * 16)  # blocks of 16 rows, fewer than k
+    torch.testing.assert_close(knn_scores(bank, labels, queries, k=25, temperature=0.1), whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        knn_scores(bank.numpy(), labels, queries, k=25, temperature=0.1), whole, rtol=1e-12, atol=0
+    )
+
+
+def test_a_mapped_bank_is_never_in_memory_as_a_whole(tmp_path):
+    """256 MiB of vectors in a file that must not be written to, in blocks of 16 MiB."""
+    check = """
+import sys, threading, time
+import numpy as np
+import moco
+import moco.evaluate
+module = sys.modules["moco.evaluate.knn"]
+module.NUMBERS_AT_ONCE = 2**22
+rows, width, most, done = 2**16, 1024, 0, False
+bank = np.memmap(sys.argv[1], np.float32, "w+", shape=(rows, width))
+for start in range(0, rows, 8192):
+    bank[start : start + 8192] = np.random.default_rng(start).random((8192, width), np.float32)
+bank = np.memmap(sys.argv[1], np.float32, "r", shape=(rows, width))
+few = np.array(bank[-64:])
+labels, names = np.arange(rows) % 10, tuple(map(str, range(rows)))
+
+def anonymous():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+
+def watch():
+    global most
+    while not done:
+        most = max(most, anonymous())
+        time.sleep(0.002)
+
+before = anonymous()
+watcher = threading.Thread(target=watch)
+watcher.start()
+got = moco.knn(moco.Embeddings(bank, names, labels, None), moco.Embeddings(few, names[-64:], labels[-64:], None), k=1)
+done = True
+watcher.join()
+assert got["top1"] == 100.0, got
+print(most - before)
+"""
+    command = [sys.executable, "-c", check, str(tmp_path / "bank")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 100
+
+
+def test_an_evaluation_is_written_into_the_run(run):
+    found = moco.evaluate(run.path, "knn", settings={"labels": 0.1})
+    folder = run.path / "evaluations"
+    assert found.name == "knn-labels10" and found.folder == folder
+    record = json.loads((folder / "knn-labels10.json").read_text())
+    assert record["figures"] == found.figures and record["settings"]["labels"] == 0.1 and record["data"] == "digits"
+    matrix = np.array(record["confusion"])
+    test = load_data(DataConfig(source="digits")).test
+    assert test is not None and matrix.sum() == len(test)
+    assert 100 * matrix.trace() / matrix.sum() == pytest.approx(found.figures["top1"])
+    assert found.per_class["7"] == pytest.approx(100 * matrix[7, 7] / matrix[7].sum())
+    with Image.open(folder / "knn-labels10.png") as picture:
+        picture.load()
+
+
+def test_of_a_tenth_of_the_labels_each_class_has_as_many_and_more_contain_fewer():
+    labels = load_data(DataConfig(source="digits")).train.labels
+    assert labels is not None
+    tenth, half = (balanced(labels, fraction, seed=3) for fraction in (0.1, 0.5))
+    assert torch.bincount(labels[tenth]).tolist() == [14] * 10
+    assert set(tenth.tolist()) < set(half.tolist()) and tenth.equal(tenth.sort().values)
+    assert not tenth.equal(balanced(labels, 0.1, seed=4))
+
+
 def test_an_unknown_protocol_names_the_known_ones_and_the_closest(run):
-    with pytest.raises(ValueError, match="unknown protocol 'kn': expected one of knn; did you mean 'knn'"):
+    with pytest.raises(ValueError, match="unknown protocol 'kn': expected one of knn.*; did you mean 'knn'"):
         moco.evaluate(run.path, "kn")

@@ -10,15 +10,29 @@ from PIL import Image
 
 import moco
 from moco.briefing import briefing, cautions, environment
-from moco.config import DataConfig, PretrainConfig, load_recipe, merge, parse_config
+from moco.config import DataConfig, PretrainConfig, merge, parse_config
 from moco.data import ArrayImages, Splits, load_data
 from moco.encoder import Encoder, ImageEncoder
 from moco.evaluate import held_out
+from moco.evaluate.health import rank_me
 from moco.model import Output
-from moco.monitor import COLUMNS, TIMES, Clock, Meter, Monitor, build_monitor, draw_neighbours, spread
+from moco.monitor import (
+    COLUMNS,
+    FIXED_EPOCH,
+    HEALTH,
+    TIMES,
+    Clock,
+    Meter,
+    Monitor,
+    build_monitor,
+    spread,
+)
 from moco.optim import resolved_lr
+from moco.pictures import draw_neighbours
+from moco.recipes import load_recipe
 from moco.run import Run
 from moco.variants import loss_range
+from moco.views import TwoViews, view_specs
 
 CPU = torch.device("cpu")
 
@@ -123,10 +137,11 @@ def monitor(splits: Splits, **watch: Any) -> Monitor:
     )
 
 
-def test_without_labels_or_with_hardly_an_image_there_is_nothing_to_say() -> None:
+def test_without_labels_or_with_hardly_an_image_there_is_no_accuracy_but_health() -> None:
     for splits in (Splits(images(40, labelled=False), None), Splits(images(19), None)):
         watcher = monitor(splits)
         assert watcher.knn() == watcher.measure() == watcher.measure_pixels() == {}
+        assert watcher.look().keys() == set(HEALTH)
 
 
 @pytest.mark.parametrize(("split", "asked"), [("heldout", 4), ("test", 7)])
@@ -141,10 +156,60 @@ def test_best_is_chosen_on_held_out_training_images_unless_the_protocol_says_tes
 def test_looking_leaves_the_encoder_as_it_was() -> None:
     watcher = monitor(Splits(images(60), images(20)))
     before = {name: value.clone() for name, value in watcher.encoder.state_dict().items()}
-    assert watcher.knn().keys() == {"knn_top1", "knn_projection_top1"}
+    state = torch.random.get_rng_state()
+    assert watcher.look().keys() == {"knn_top1", "knn_projection_top1", *HEALTH} and set(HEALTH) < set(COLUMNS)
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert watcher.measure().keys() == {"knn_top1", "one_label", "five_labels"}
     assert watcher.encoder.training and watcher.projector.training
     assert all(torch.equal(value, before[name]) for name, value in watcher.encoder.state_dict().items())
+
+
+def test_health_is_of_two_views_of_the_run_that_never_change() -> None:
+    watcher = monitor(Splits(images(40, labelled=False), None), every=3)
+    first, again = watcher.health(), watcher.look()
+    assert first == again
+    train = watcher.seen
+    assert isinstance(train, ArrayImages) and len(train) == 40
+    pair = TwoViews(view_specs(watcher.config.views), 16, watcher.config.seed)(
+        train.images, torch.arange(40), epoch=FIXED_EPOCH
+    )
+    with torch.no_grad():
+        x, y = (watcher.encoder.eval()(view) for view in pair)
+    assert first["effective_rank"] == pytest.approx(rank_me(x), rel=1e-3)
+    x, y = (torch.nn.functional.normalize(features, dim=1) for features in (x, y))
+    assert first["alignment"] == pytest.approx((x - y).square().sum(dim=1).mean().item(), rel=1e-3)
+    potentials = torch.exp(-2 * torch.pdist(x).square())
+    assert first["uniformity"] == pytest.approx(potentials.mean().log().item(), rel=1e-3)
+
+
+def test_health_follows_the_encoder_that_is_trained() -> None:
+    watcher = monitor(Splits(images(60, labelled=False), None))
+    before = watcher.health()
+    with torch.no_grad():
+        for name, parameter in watcher.encoder.named_parameters():
+            parameter.fill_(1.0 if name.endswith("bias") else 0.0)  # the same features for every image
+    after = watcher.health()
+    assert after["effective_rank"] == pytest.approx(1, abs=0.01) and before["effective_rank"] > 3
+    assert after["uniformity"] == pytest.approx(0, abs=1e-3) and before["uniformity"] < -0.01
+
+
+def test_a_quarter_of_many_images_tells_of_health() -> None:
+    for number, seen in ((100, 100), (2000, 500), (5000, 1000)):
+        assert len(monitor(Splits(images(number, labelled=False), None)).seen) == seen
+
+
+def test_files_are_read_once_for_all_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    files = load_data(DataConfig(source=str(tmp_path), memory=1e-9)).train
+    watcher = monitor(Splits(files, None))
+    first = watcher.health()
+    for number in range(12):
+        (tmp_path / f"{number:02}.png").unlink()
+    assert watcher.health() == first
+    monkeypatch.setattr("moco.monitor.MAX_HELD", 5 * 2 * 3 * 16 * 16)
+    assert len(monitor(Splits(files, None)).seen) == 5
 
 
 def test_a_class_with_few_images_is_not_asked_for_five_labels() -> None:
@@ -232,6 +297,6 @@ def test_files_that_break_off_do_not_spoil_the_picture_of_neighbours(tmp_path: P
             path.write_bytes(path.read_bytes()[:600])
     files = load_data(DataConfig(source=str(tmp_path), memory=1e-6, max_bad=0.9)).train
     watcher = monitor(Splits(files, None))
-    draw_neighbours(Run(tmp_path, watcher.config), watcher, files)
+    draw_neighbours(Run(tmp_path, watcher.config), watcher.encoder, files, files)
     with Image.open(tmp_path / "neighbours.png") as picture:
         picture.load()

@@ -1,29 +1,24 @@
-"""What is watched while training: kNN by the same code as `moco evaluate`, the numbers of the step, the curves."""
+"""What is watched while training: kNN and health by the code of `moco evaluate`, the step's numbers, the curves."""
 
-import io
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from moco import dist
 from moco.config import PretrainConfig
-from moco.data import BadImage, Images, Splits, resized
+from moco.data import ArrayImages, Images, Splits
 from moco.embed import features, pixels
 from moco.encoder import ImageEncoder
 from moco.evaluate import HeldOut, held_out
-from moco.evaluate.knn import few_label_accuracy, knn_accuracy
-from moco.figures import Neighbours, curves, neighbours
+from moco.evaluate.health import evenly, measure, two_crops, view_features
+from moco.evaluate.knn import few_label_accuracy, knn_accuracy, projected
 from moco.model import Output
-from moco.run import Run, write_atomically
-from moco.variants import loss_range
+from moco.views import TwoViews, view_specs
 
 COLUMNS = (
     "step",
@@ -38,6 +33,9 @@ COLUMNS = (
     "spread",
     "knn_top1",
     "knn_projection_top1",
+    "effective_rank",
+    "alignment",
+    "uniformity",
     "images_per_second",
     "data_wait",
     "train_seconds",
@@ -48,8 +46,13 @@ TIMES = ("images_per_second", "data_wait", "train_seconds", "cpu_seconds")
 MAX_BANK, MAX_QUERIES = 50_000, 5_000
 """Images that vote and that are asked about while training; evenly spaced ones of a larger set. At the end as many of
 both as vote."""
-MAX_PICTURED, NUM_PICTURED, NUM_NEIGHBOURS = 5_000, 5, 5
-"""Images that neighbours are looked for among; queries drawn, and neighbours of each at either end."""
+HEALTH = ("effective_rank", "alignment", "uniformity")
+"""Columns that need no labels."""
+MAX_SEEN, MIN_SEEN, MAX_HELD = 1_000, 256, 2**28
+"""Images whose two views tell of health: a quarter of all, within these bounds. Crops of files are held in memory, of
+as many as fit into so many bytes."""
+FIXED_EPOCH = -1
+"""Of those two views, which are the same at every look and no step has."""
 MAX_CLASSES_FEW = 100
 """Few-label accuracy is taken for at most so many classes."""
 
@@ -131,12 +134,14 @@ def spread(keys: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Monitor:
-    """kNN of an encoder in training.
+    """KNN and health of an encoder in training.
 
     Args:
         config: of the run.
         watched: images that vote and images that are asked about; None without labels.
         final: the same for the last table: the test images where there are any.
+        seen: training images whose two views tell of health; labels are not looked at.
+        views: how the two are made: as for training.
         encoder: shares its backbone with the model that is trained.
         projector: likewise.
     """
@@ -144,8 +149,27 @@ class Monitor:
     config: PretrainConfig
     watched: HeldOut | None
     final: HeldOut | None
+    seen: Images
+    views: TwoViews
     encoder: ImageEncoder
     projector: nn.Module
+
+    def look(self) -> dict[str, float]:
+        """All that is looked at every so often; nothing random is drawn, and the encoder stays as it was."""
+        return self.knn() | self.health()
+
+    def health(self) -> dict[str, float]:
+        """Effective rank, alignment and uniformity of the features of two views that never change."""
+        seen = self.seen if isinstance(self.seen, ArrayImages) else self._crops
+        precision = self.config.engine.precision
+        found = measure(*view_features(self.encoder, seen, self.views, epoch=FIXED_EPOCH, precision=precision))
+        return {name: found[name] for name in HEALTH}
+
+    @cached_property
+    def _crops(self) -> Tensor:
+        """Files are read once."""
+        assert not isinstance(self.seen, ArrayImages)
+        return two_crops(self.seen, torch.arange(len(self.seen)), self.views, epoch=FIXED_EPOCH)
 
     def knn(self) -> dict[str, float]:
         """KNN top-1 in percent, of features and of projections."""
@@ -154,7 +178,9 @@ class Monitor:
         bank, queries = (self._features(images) for images in self.watched)
         return {
             "knn_top1": self._accuracy(bank, queries, self.watched),
-            "knn_projection_top1": self._accuracy(self._project(bank), self._project(queries), self.watched),
+            "knn_projection_top1": self._accuracy(
+                projected(self.projector, bank), projected(self.projector, queries), self.watched
+            ),
         }
 
     def measure(self) -> dict[str, float]:
@@ -177,15 +203,6 @@ class Monitor:
     def _features(self, images: Images) -> Tensor:
         return features(self.encoder, images, precision=self.config.engine.precision)
 
-    @torch.inference_mode()
-    def _project(self, vectors: Tensor) -> Tensor:
-        parameter = next(self.projector.parameters())
-        was_training = self.projector.training
-        self.projector.eval()
-        projected = [self.projector(part.to(parameter)).float().cpu() for part in vectors.split(4096)]
-        self.projector.train(was_training)
-        return torch.cat(projected)
-
     def _accuracy(self, bank: Tensor, queries: Tensor, held: HeldOut) -> float:
         watch = self.config.monitor
         k, temperature = watch.knn_k, watch.knn_temperature
@@ -204,66 +221,17 @@ class Monitor:
 
 
 def build_monitor(config: PretrainConfig, splits: Splits, encoder: ImageEncoder, projector: nn.Module) -> Monitor:
-    """A monitor for these images; without labels one that has nothing to say."""
-    if splits.train.labels is None or len(splits.train) < 20:
-        return Monitor(config, None, None, encoder, projector)
-    final = HeldOut(*(_evenly(images, MAX_BANK) for images in held_out(splits)))
+    """A monitor for these images; without labels one that tells of health alone."""
+    train, size = splits.train, config.views.size
+    most = max(MIN_SEEN, min(MAX_SEEN, len(train) // 4))
+    if not isinstance(train, ArrayImages):
+        most = min(most, max(1, MAX_HELD // (2 * train.channels * size * size)))
+    seen, views = evenly(train, most), TwoViews(view_specs(config.views), size, config.seed)
+    if train.labels is None or len(train) < 20:
+        return Monitor(config, None, None, seen, views, encoder, projector)
+    final = HeldOut(*(evenly(images, MAX_BANK) for images in held_out(splits)))
     watched = held_out(splits, use_test=config.monitor.split == "test")
     # The published protocol asks about all test images; the choice of `best` can do with fewer.
-    asked = watched.test if config.monitor.split == "test" else _evenly(watched.test, MAX_QUERIES)
-    return Monitor(config, HeldOut(_evenly(watched.train, MAX_BANK), asked), final, encoder, projector)
-
-
-def _evenly(images: Images, most: int) -> Images:
-    if len(images) <= most:
-        return images
-    return images.select(torch.linspace(0, len(images) - 1, most).long())
-
-
-def draw_neighbours(run: Run, monitor: Monitor, images: Images) -> None:
-    """Writes neighbours.png: a few images with those that the encoder finds most and least like them."""
-    bank = _evenly(images, MAX_PICTURED) if monitor.final is None else _evenly(monitor.final.train, MAX_PICTURED)
-    asked = bank if monitor.final is None else _evenly(monitor.final.test, MAX_QUERIES)
-    chosen = asked.select(torch.linspace(0, len(asked) - 1, 2 * NUM_PICTURED + 1).long()[1::2])
-    vectors, queries = (
-        F.normalize(features(monitor.encoder, each, precision=monitor.config.engine.precision), dim=1)
-        for each in (bank, chosen)
-    )
-    rows = []
-    for number, similarity in enumerate(queries @ vectors.T):
-        order = similarity.argsort(descending=True)
-        order = order[1:] if asked is bank else order  # not the query itself
-        near, far = order[:NUM_NEIGHBOURS].tolist(), order[-NUM_NEIGHBOURS:].tolist()
-        titled = [[(_picture(bank, i), f"{_class(bank, i)}{similarity[i]:.2f}") for i in part] for part in (near, far)]
-        rows.append(Neighbours(_picture(chosen, number), _class(chosen, number).rstrip(), *titled))
-    _write_figure(neighbours(rows), run.path / "neighbours.png")
-
-
-def _picture(images: Images, index: int) -> np.ndarray:
-    try:
-        size = max(16, min(128, *images.decode(index).shape[1:]))
-    except BadImage:  # it has been named; `resized` makes it black
-        size = 16
-    return resized(images, [index], size=size)[0].movedim(0, 2).numpy()
-
-
-def _class(images: Images, index: int) -> str:
-    if images.labels is None or images.classes is None:
-        return ""
-    return images.classes[int(images.labels[index])][:12] + " "
-
-
-def draw_curves(run: Run) -> None:
-    """Writes curves.png from metrics.csv."""
-    chance, floor = loss_range(run.config.model, run.config.batch_size)
-    levels = {
-        who: row["knn_top1"] for who, row in run.results.items() if who != "trained encoder" and "knn_top1" in row
-    }
-    figure = curves(run.metrics, chance=chance, floor=floor, baselines=levels)
-    _write_figure(figure, run.path / "curves.png")
-
-
-def _write_figure(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+    asked = watched.test if config.monitor.split == "test" else evenly(watched.test, MAX_QUERIES)
+    watched = HeldOut(evenly(watched.train, MAX_BANK), asked)
+    return Monitor(config, watched, final, seen, views, encoder, projector)

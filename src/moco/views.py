@@ -49,8 +49,8 @@ class ViewSpec:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Pixels."""
     solarize_p: float = 0.0
-    mean: tuple[float, float, float] = IMAGENET[0]
-    std: tuple[float, float, float] = IMAGENET[1]
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
 
 
 _V1 = ViewSpec(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grey_first=True)
@@ -190,60 +190,48 @@ def parameters(u: Float64[Tensor, "n d"], spec: ViewSpec, height: int, width: in
 
 
 @dataclass(frozen=True)
-class TwoViews:
-    """uint8 images -> two normalised views of each.
+class OneView:
+    """uint8 images -> one normalised view of each.
 
     Args:
-        specs: what is done for the first and for the second view.
+        spec: what is done.
         size: side of a view in pixels.
-        seed: every random number follows from it, the epoch and the image's id.
+        seed: every random number follows from it, the epoch, the image's id and `number`.
+        number: of the view among those of an image; another number gives another view.
     """
 
-    specs: tuple[ViewSpec, ViewSpec]
+    spec: ViewSpec
     size: int
     seed: int = 0
+    number: int = 0
 
     def __call__(
         self, images: UInt8[Tensor, "n c h w"], ids: Int64[Tensor, " n"], *, epoch: int
-    ) -> tuple[Float[Tensor, "n c s s"], Float[Tensor, "n c s s"]]:
-        """Two views of every image.
+    ) -> Float[Tensor, "n c s s"]:
+        """A view of every image; arguments as of `TwoViews`."""
+        return self.made(images.float() / 255, ids, epoch)
 
-        Args:
-            images: on the device that the work is to be done on.
-            ids: number of each image within the dataset, on the CPU.
-            epoch: another epoch gives other views.
-        """
-        wide = images.float() / 255
-        first, second = (self._view(wide, ids, epoch, number) for number in (0, 1))
-        return first, second
-
-    def crop(self, image: UInt8[Tensor, "c h w"], image_id: int, epoch: int) -> UInt8[Tensor, "2 c s s"]:
-        """Only the two crops of one image, for a reading process; `finish` does the rest in batch."""
+    def crop(self, image: UInt8[Tensor, "c h w"], image_id: int, epoch: int) -> UInt8[Tensor, "1 c s s"]:
+        """Only the crop of one image, for a reading process; `finish` does the rest in batch."""
         from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
 
-        views = []
-        for number, spec in enumerate(self.specs):
-            u = draws(torch.tensor([image_id]), seed=self.seed, epoch=epoch, view=number)
-            top, left, height, width = (int(side) for side in crop_box(u, spec, *image.shape[1:]))
-            size = [self.size, self.size]
-            views.append(
-                resized_crop(image, top, left, height, width, size, InterpolationMode.BILINEAR, antialias=True)
-            )
-        return torch.stack(views)
+        u = draws(torch.tensor([image_id]), seed=self.seed, epoch=epoch, view=self.number)
+        top, left, height, width = (int(side) for side in crop_box(u, self.spec, *image.shape[1:]))
+        size = [self.size, self.size]
+        return resized_crop(image, top, left, height, width, size, InterpolationMode.BILINEAR, antialias=True)[None]
 
     def finish(
-        self, crops: UInt8[Tensor, "n 2 c s s"], ids: Int64[Tensor, " n"], *, epoch: int
-    ) -> tuple[Float[Tensor, "n c s s"], Float[Tensor, "n c s s"]]:
-        """Everything but the crop, on what `crop` gave."""
-        wide = crops.float() / 255
-        first, second = (self._view(wide[:, number], ids, epoch, number, cropped=True) for number in (0, 1))
-        return first, second
-
-    def _view(
-        self, images: Batch, ids: Tensor, epoch: int, number: int, *, cropped: bool = False
+        self, crops: UInt8[Tensor, "n 1 c s s"], ids: Int64[Tensor, " n"], *, epoch: int
     ) -> Float[Tensor, "n c s s"]:
-        spec = self.specs[number]
-        p = parameters(draws(ids, seed=self.seed, epoch=epoch, view=number), spec, *images.shape[2:])
+        """Everything but the crop, on what `crop` gave."""
+        return self.made(crops[:, 0].float() / 255, ids, epoch, cropped=True)
+
+    def made(
+        self, images: Batch, ids: Int64[Tensor, " n"], epoch: int, *, cropped: bool = False
+    ) -> Float[Tensor, "n c s s"]:
+        """The same of floats in [0, 1], of whole images or of their crops."""
+        spec = self.spec
+        p = parameters(draws(ids, seed=self.seed, epoch=epoch, view=self.number), spec, *images.shape[2:])
 
         def there(x: Tensor) -> Tensor:
             return (x.float() if x.is_floating_point() else x).to(images.device, non_blocking=True)
@@ -280,6 +268,50 @@ class TwoViews:
             return operation(images, which)
         there = which.to(images.device, non_blocking=True)
         return images.index_copy(0, there, operation(images[there], which))
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """uint8 images -> two normalised views of each.
+
+    Args:
+        specs: what is done for the first and for the second view.
+        size: side of a view in pixels.
+        seed: every random number follows from it, the epoch and the image's id.
+    """
+
+    specs: tuple[ViewSpec, ViewSpec]
+    size: int
+    seed: int = 0
+
+    def __call__(
+        self, images: UInt8[Tensor, "n c h w"], ids: Int64[Tensor, " n"], *, epoch: int
+    ) -> tuple[Float[Tensor, "n c s s"], Float[Tensor, "n c s s"]]:
+        """Two views of every image.
+
+        Args:
+            images: on the device that the work is to be done on.
+            ids: number of each image within the dataset, on the CPU.
+            epoch: another epoch gives other views.
+        """
+        wide, (first, second) = images.float() / 255, self._each
+        return first.made(wide, ids, epoch), second.made(wide, ids, epoch)
+
+    def crop(self, image: UInt8[Tensor, "c h w"], image_id: int, epoch: int) -> UInt8[Tensor, "2 c s s"]:
+        """Only the two crops of one image, for a reading process; `finish` does the rest in batch."""
+        return torch.cat([view.crop(image, image_id, epoch) for view in self._each])
+
+    def finish(
+        self, crops: UInt8[Tensor, "n 2 c s s"], ids: Int64[Tensor, " n"], *, epoch: int
+    ) -> tuple[Float[Tensor, "n c s s"], Float[Tensor, "n c s s"]]:
+        """Everything but the crop, on what `crop` gave."""
+        first, second = self._each
+        return first.finish(crops[:, :1], ids, epoch=epoch), second.finish(crops[:, 1:], ids, epoch=epoch)
+
+    @property
+    def _each(self) -> tuple[OneView, OneView]:
+        first, second = self.specs
+        return OneView(first, self.size, self.seed, 0), OneView(second, self.size, self.seed, 1)
 
 
 def _grey_again(part: Batch, which: Tensor) -> Batch:

@@ -1,53 +1,90 @@
-"""How good is an encoder? One protocol a file, one contract: a run and its data -> named figures in percent."""
+"""How good is an encoder? One protocol a file, one contract (`moco.evaluate.contract`) for all."""
 
 import difflib
-from collections.abc import Callable
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from torch import Tensor
+import numpy as np
 
-from moco.checkpoint import load_encoder
-from moco.config import DataConfig
-from moco.data import Images, Splits, load_data
-from moco.embed import Embeddings, embed
-from moco.encoder import ImageEncoder
+from moco.checkpoint import load_encoder, load_projector
+from moco.config import DataConfig, EvaluateConfig, parse_evaluation
+from moco.data import load_data
+from moco.engine import choose_accelerator, choose_precision
+from moco.evaluate import finetune, health
+from moco.evaluate import knn as nearest
+from moco.evaluate import linear as probes
+from moco.evaluate.contract import HeldOut, Outcome, Protocol, Report, Task, accuracies, confusion, held_out
 from moco.evaluate.knn import knn
-from moco.run import Run
+from moco.figures import confusion_matrix, save
+from moco.run import Run, write_atomically
+from moco.views import view_specs
 
-__all__ = ["EVALUATIONS", "evaluate", "knn"]
+__all__ = ["EVALUATIONS", "Evaluation", "HeldOut", "Outcome", "Task", "evaluate", "held_out", "knn"]
+
+EVALUATIONS: Mapping[str, Protocol] = {
+    "knn": nearest.evaluate,
+    "linear": probes.evaluate,
+    "finetune": finetune.evaluate,
+    "health": health.evaluate,
+}
 
 
-def _knn(encoder: ImageEncoder, train: Embeddings, test: Embeddings, k: int, temperature: float) -> dict[str, float]:
-    return {f"knn_{name}": value for name, value in knn(train, test, k=k, temperature=temperature).items()}
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out.
 
+    Attributes:
+        name: protocol and settings in one word, which the files of the evaluation bear.
+        figures: by name; accuracies in percent.
+        per_class: accuracy of each class in percent; empty without classes.
+        confusion: test images of the class of the row that were taken for the class of the column; or None.
+        classes: names of the classes.
+        settings: in force.
+        notes: in words.
+        folder: where `name`.json and, with classes, `name`.png are; None if nothing was written.
+    """
 
-EVALUATIONS: dict[str, Callable[[ImageEncoder, Embeddings, Embeddings, int, float], dict[str, float]]] = {"knn": _knn}
+    name: str
+    figures: dict[str, float]
+    per_class: dict[str, float]
+    confusion: np.ndarray | None
+    classes: tuple[str, ...]
+    settings: EvaluateConfig
+    notes: tuple[str, ...]
+    folder: Path | None
 
 
 def evaluate(
-    run: str | Path,
+    source: str | Path,
     protocol: str = "knn",
     *,
     data: str | None = None,
-    k: int | None = None,
-    temperature: float | None = None,
-) -> dict[str, float]:
-    """Accuracy of a run's encoder by a published protocol.
+    backbone: str | None = None,
+    out: str | Path | None = None,
+    settings: EvaluateConfig | Mapping[str, Any] | None = None,
+    on_progress: Report | None = None,
+) -> Evaluation:
+    """Measures an encoder by a published protocol.
 
     Args:
-        run: its folder.
+        source: folder of a run, or any checkpoint that `load_encoder` takes.
         protocol: a name in `EVALUATIONS`.
         data: labelled images with a training and a test part; not given: those of the run. Without a test part, every
             tenth training image is asked about and the others answer.
-        k: neighbours that vote; not given: the run's setting.
-        temperature: of the votes; not given: the run's setting.
-
-    Returns:
-        Figures in percent.
+        backbone: the network, where a foreign checkpoint does not say which it is.
+        out: folder for the results; not given: `evaluations/` of the run, or none for other checkpoints.
+        settings: fields of `EvaluateConfig`; what is not given is the protocol's.
+        on_progress: called with what is being done, how much of it is done and how much there is.
 
     Raises:
-        ValueError: unknown protocol, or images without labels.
+        ValueError: unknown protocol or setting, a checkpoint without images, or images without labels.
+
+    Example:
+        >>> moco.evaluate("runs/first", "linear", settings={"form": "official"}).figures     # doctest: +SKIP
+        {'top1': 86.3, 'top5': 99.6}
     """
     if protocol not in EVALUATIONS:
         near = difflib.get_close_matches(protocol, EVALUATIONS, n=1)
@@ -55,64 +92,85 @@ def evaluate(
             f"unknown protocol {protocol!r}: expected one of {', '.join(EVALUATIONS)}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    if k is not None and k < 1:
-        raise ValueError(f"k is {k}; expected at least 1 neighbour to vote")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; expected more than 0")
-    opened = Run.open(run)
-    encoder = load_encoder(opened.path)
-    config = opened.config.data if data is None else DataConfig(source=data, channels=opened.config.data.channels)
-    held = held_out(load_data(config))
-    monitor, precision = opened.config.monitor, opened.config.engine.precision  # as at the end of training
-    return EVALUATIONS[protocol](
-        encoder,
-        embed(encoder, held.train, precision=precision),
-        embed(encoder, held.test, precision=precision),
-        monitor.knn_k if k is None else k,
-        monitor.knn_temperature if temperature is None else temperature,
-    )
+    if not isinstance(settings, EvaluateConfig):
+        settings = parse_evaluation(dict(settings or {}))
+    run = Run.open(source) if (Path(source) / "config.yaml").is_file() else None
+    settings = _resolved(settings, run)
+    encoder = load_encoder(source, backbone=backbone).to(settings.accelerator)
+    wanted = settings.features == "projection" or protocol == "health"
+    projector = load_projector(run).to(settings.accelerator) if run and wanted else None
+    if settings.features == "projection" and projector is None:
+        raise ValueError(f"{source} holds no projector; expected the folder of a run, or leave out --features")
+    views = view_specs(run.config.views) if run and ":" not in run.config.views.recipe else None
+    splits = load_data(_images(run, data, encoder.channels, source))
+    task = Task(encoder, projector, splits, settings, on_progress or (lambda *_: None), views)
+    outcome = EVALUATIONS[protocol](task)
+    folder = Path(out) if out else run.path / "evaluations" if run else None
+    classes = splits.train.classes or ()
+    found = _evaluation(_name(protocol, settings), outcome, splits, classes, settings, folder)
+    if folder:
+        _write(found, folder, data or (run.config.data.source if run else ""))
+    return found
 
 
-class HeldOut(NamedTuple):
-    """Labelled images that answer, and labelled images that are asked about."""
-
-    train: Images
-    test: Images
-
-    @property
-    def train_labels(self) -> Tensor:
-        return _labels(self.train)
-
-    @property
-    def test_labels(self) -> Tensor:
-        return _labels(self.test)
-
-
-def _labels(images: Images) -> Tensor:
-    if images.labels is None:
-        raise ValueError(
-            "these images have no labels, which kNN needs; give class subfolders or a labelled set with --data, "
-            "or look at loss, spread and neighbours instead"
-        )
-    return images.labels
+def _resolved(settings: EvaluateConfig, run: Run | None) -> EvaluateConfig:
+    """With the choices made that are the run's or the machine's."""
+    accelerator = choose_accelerator(settings.accelerator)
+    chosen: dict[str, Any] = {"accelerator": accelerator}
+    if settings.precision == "auto":  # a run's accuracies were taken in its own precision, where it ran
+        same = run is not None and run.config.engine.accelerator == accelerator
+        own = run.config.engine.precision if run and same else "auto"
+        chosen["precision"] = choose_precision(accelerator) if own == "auto" else own
+    for name, of_run, published in (("k", "knn_k", 200), ("temperature", "knn_temperature", 0.1)):
+        if getattr(settings, name) is None:
+            chosen[name] = getattr(run.config.monitor, of_run) if run else published
+    return settings.model_copy(update=chosen)
 
 
-def held_out(splits: Splits, *, use_test: bool = True) -> HeldOut:
-    """Images that answer and images that are asked about.
+def _images(run: Run | None, data: str | None, channels: int, source: str | Path) -> DataConfig:
+    if data is not None:
+        return DataConfig(source=data, channels=1 if channels == 1 else 3)
+    if run is None:
+        raise ValueError(f"{source} is a checkpoint without images; say with --data what to measure it on")
+    return run.config.data
 
-    Args:
-        splits: of a data set.
-        use_test: ask about the test part where there is one; else about every tenth training image.
 
-    Raises:
-        ValueError: there are no labels, or too few images to hold any out.
-    """
-    train, test = splits
-    _labels(train)
-    if use_test and test is not None and test.labels is not None:
-        return HeldOut(train, test)
-    if len(train) < 20:
-        raise ValueError(f"{len(train)} labelled images are too few to hold some out; expected at least 20")
-    asked = list(range(0, len(train), 10))
-    answering = [index for index in range(len(train)) if index % 10]
-    return HeldOut(train.select(answering), train.select(asked))
+def _name(protocol: str, settings: EvaluateConfig) -> str:
+    words = [protocol]
+    words += [settings.form] if settings.form else []
+    words += ["projection"] if settings.features == "projection" else []
+    words += ["scratch"] if settings.from_scratch else []
+    words += [f"labels{100 * settings.labels:g}"] if settings.labels < 1 else []
+    words += [f"seed{settings.seed}"] if settings.seed else []
+    return "-".join(words)
+
+
+def _evaluation(
+    name: str, outcome: Outcome, splits: Any, classes: tuple[str, ...], settings: EvaluateConfig, folder: Path | None
+) -> Evaluation:
+    figures, per_class, matrix = dict(outcome.figures), {}, None
+    if outcome.scores is not None:
+        labels = held_out(splits).test_labels
+        figures = accuracies(outcome.scores, labels) | figures
+        counts = confusion(outcome.scores, labels)
+        names = [classes[i] if i < len(classes) else str(i) for i in range(len(counts))]
+        totals = counts.sum(dim=1)
+        per_class = {names[i]: 100 * int(counts[i, i]) / int(totals[i]) for i in range(len(counts)) if totals[i]}
+        matrix, classes = counts.numpy(), tuple(names)
+    return Evaluation(name, figures, per_class, matrix, classes, settings, outcome.notes, folder)
+
+
+def _write(found: Evaluation, folder: Path, data: str) -> None:
+    record = {
+        "name": found.name,
+        "data": data,
+        "figures": found.figures,
+        "per_class": found.per_class,
+        "confusion": None if found.confusion is None else found.confusion.tolist(),
+        "notes": list(found.notes),
+        "settings": found.settings.model_dump(mode="json"),
+    }
+    text = json.dumps(record, indent=2) + "\n"
+    write_atomically(folder / f"{found.name}.json", lambda file: file.write(text.encode()))
+    if found.confusion is not None and len(found.classes) > 1:
+        save(confusion_matrix(found.confusion, found.classes, title=found.name), folder / f"{found.name}.png")

@@ -4,18 +4,52 @@ Wu et al. 2018 (arXiv:1805.01978), section 3.4: the k most similar training imag
 exp(cosine similarity / temperature).
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
-from moco.embed import Embeddings
+from moco.embed import Embeddings, features
+from moco.evaluate.contract import Outcome, Task, accuracies
+from moco.neighbours import AT_ONCE, nearest
 
 Vectors = Float[Tensor, "n f"]
 Labels = Int64[Tensor, " n"]
 
-QUERIES_AT_ONCE = 2**26
-"""Similarities held in memory at a time."""
+QUERIES_AT_ONCE, NUMBERS_AT_ONCE = AT_ONCE
+
+
+def evaluate(task: Task) -> Outcome:
+    """The protocol: features, or projections, of the training images vote on those of the test images."""
+    held, settings = task.labelled(), task.settings
+    assert settings.k is not None and settings.temperature is not None
+    bank, queries = (
+        features(
+            task.encoder,
+            images,
+            precision=settings.precision,
+            on_progress=lambda done, total, part=part: task.report(f"features of the {part} images", done, total),
+        )
+        for part, images in (("training", held.train), ("test", held.test))
+    )
+    if settings.features == "projection":
+        assert task.projector is not None
+        bank, queries = (projected(task.projector, vectors) for vectors in (bank, queries))
+    scores = knn_scores(
+        bank, held.train_labels, queries.to(task.device), k=settings.k, temperature=settings.temperature
+    )
+    return Outcome({}, scores)
+
+
+@torch.inference_mode()
+def projected(projector: nn.Module, vectors: Vectors) -> Float[Tensor, "n d"]:
+    """Features to projections on the CPU; the projector is left in the mode it was in."""
+    parameter, was_training = next(projector.parameters()), projector.training
+    projector.eval()
+    parts = [projector(part.to(parameter)).float().cpu() for part in vectors.split(4096)]
+    projector.train(was_training)
+    return torch.cat(parts)
 
 
 def knn(train: Embeddings, test: Embeddings, *, k: int = 200, temperature: float = 0.1) -> dict[str, float]:
@@ -41,14 +75,9 @@ def knn(train: Embeddings, test: Embeddings, *, k: int = 200, temperature: float
         if part.labels is None:
             raise ValueError(f"the {name} images have no labels; kNN needs class subfolders or a labelled data set")
     assert train.labels is not None and test.labels is not None
-    return knn_accuracy(
-        torch.from_numpy(train.vectors),
-        torch.from_numpy(train.labels),
-        torch.from_numpy(test.vectors),
-        torch.from_numpy(test.labels),
-        k=k,
-        temperature=temperature,
-    )
+    labels, queries = torch.from_numpy(train.labels), torch.from_numpy(np.array(test.vectors))
+    scores = knn_scores(train.vectors, labels, queries, k=k, temperature=temperature)
+    return accuracies(scores, torch.from_numpy(test.labels))
 
 
 @torch.inference_mode()
@@ -63,25 +92,23 @@ def knn_accuracy(
 ) -> dict[str, float]:
     """`top1` and `top5` in percent, on tensors."""
     scores = knn_scores(bank, bank_labels, queries, k=k, temperature=temperature)
-    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    hits = ranked == query_labels[:, None].to(ranked.device)
-    return {"top1": 100 * hits[:, 0].double().mean().item(), "top5": 100 * hits.any(dim=1).double().mean().item()}
+    return accuracies(scores, query_labels)
 
 
 @torch.inference_mode()
 def knn_scores(
-    bank: Vectors, bank_labels: Labels, queries: Float[Tensor, "m f"], *, k: int, temperature: float
+    bank: Vectors | np.ndarray, bank_labels: Labels, queries: Float[Tensor, "m f"], *, k: int, temperature: float
 ) -> Float[Tensor, "m classes"]:
-    """Sum of votes per class: sum over the k nearest i with label c of exp(cosine_i / temperature)."""
-    k, num_classes = min(k, len(bank)), int(bank_labels.max()) + 1
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    scores = []
-    for part in queries.split(max(1, QUERIES_AT_ONCE // len(bank))):
-        similarity, nearest = (part @ bank.T).topk(k, dim=1)
-        # exp((s - 1) / T) and not exp(s / T): the same ranking, and no overflow at small T
-        votes = ((similarity - 1) / temperature).exp()
-        scores.append(votes.new_zeros(len(part), num_classes).scatter_add_(1, bank_labels[nearest], votes))
-    return torch.cat(scores)
+    """Sum of votes per class: sum over the k nearest i with label c of exp(cosine_i / temperature).
+
+    The bank is read once, in blocks, and may be a memory-mapped array: a million vectors never are in memory at once.
+    The work is done where the queries are.
+    """
+    bank_labels, num_classes = bank_labels.to(queries.device), int(bank_labels.max()) + 1
+    found = nearest(bank, queries, k, at_once=(QUERIES_AT_ONCE, NUMBERS_AT_ONCE))
+    # exp((s - 1) / T) and not exp(s / T): the same ranking, and no overflow at small T
+    votes = ((found.similarity - 1) / temperature).exp()
+    return votes.new_zeros(len(votes), num_classes).scatter_add_(1, bank_labels[found.index], votes)
 
 
 @torch.inference_mode()

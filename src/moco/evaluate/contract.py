@@ -1,0 +1,152 @@
+"""What every protocol is given and what it gives back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from moco.config import EvaluateConfig
+from moco.data import Images, Splits
+from moco.encoder import ImageEncoder
+from moco.views import ViewSpec
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+class HeldOut(NamedTuple):
+    """Labelled images that answer or are learned from, and labelled images that are asked about."""
+
+    train: Images
+    test: Images
+
+    @property
+    def train_labels(self) -> Int64[Tensor, " n"]:
+        return labels_of(self.train)
+
+    @property
+    def test_labels(self) -> Int64[Tensor, " m"]:
+        return labels_of(self.test)
+
+
+class Task(NamedTuple):
+    """One measurement to be made.
+
+    Attributes:
+        encoder: on the device that is to do the work, in eval mode, nothing of it trainable. A protocol that trains it
+            trains a copy.
+        projector: features -> projections, on the same device; None where the source has none.
+        splits: all images, as they were loaded; labels may be absent.
+        settings: with every choice that does not depend on the protocol made (accelerator, precision).
+        report: where a protocol says how far it is.
+        views: those that the encoder was trained on, where they are known.
+    """
+
+    encoder: ImageEncoder
+    projector: nn.Module | None
+    splits: Splits
+    settings: EvaluateConfig
+    report: Report
+    views: tuple[ViewSpec, ViewSpec] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
+    def labelled(self) -> HeldOut:
+        """The images by parts, with as many training labels as the settings allow.
+
+        Raises:
+            ValueError: there are no labels, or too few images.
+        """
+        train, test = held_out(self.splits)
+        if self.settings.labels < 1:
+            train = train.select(balanced(labels_of(train), self.settings.labels, self.settings.seed))
+        return HeldOut(train, test)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a protocol found.
+
+    Attributes:
+        figures: by name; accuracies in percent.
+        scores: of each test image for each class, where there are such; the higher the likelier.
+        notes: in words, for people.
+    """
+
+    figures: dict[str, float]
+    scores: Float[Tensor, "m classes"] | None = None
+    notes: tuple[str, ...] = ()
+
+
+Protocol = Callable[[Task], Outcome]
+
+
+def labels_of(images: Images) -> Int64[Tensor, " n"]:
+    """The class numbers.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if images.labels is None:
+        raise ValueError(
+            "these images have no labels, which this protocol needs; give class subfolders or a labelled set with "
+            "--data, or use --protocol health, which needs none"
+        )
+    return images.labels
+
+
+def held_out(splits: Splits, *, use_test: bool = True) -> HeldOut:
+    """Images that answer and images that are asked about.
+
+    Args:
+        splits: of a data set.
+        use_test: ask about the test part where there is one; else about every tenth training image.
+
+    Raises:
+        ValueError: there are no labels, or too few images to hold any out.
+    """
+    train, test = splits
+    labels_of(train)
+    if use_test and test is not None and test.labels is not None:
+        return HeldOut(train, test)
+    if len(train) < 20:
+        raise ValueError(f"{len(train)} labelled images are too few to hold some out; expected at least 20")
+    asked = list(range(0, len(train), 10))
+    answering = [index for index in range(len(train)) if index % 10]
+    return HeldOut(train.select(answering), train.select(asked))
+
+
+def balanced(labels: Int64[Tensor, " n"], fraction: float, seed: int) -> Int64[Tensor, " s"]:
+    """A subset with the same number of images of each class, at least one; in the order of the images.
+
+    A larger fraction of the same seed contains every smaller one.
+
+    Args:
+        labels: of all images.
+        fraction: of all images to keep; a class that has fewer than its share is kept whole.
+        seed: which images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    share = max(1, round(fraction * len(labels) / len(members)))
+    chosen = [each[torch.randperm(len(each), generator=generator)[:share]] for each in members]
+    return torch.cat(chosen).sort().values
+
+
+def accuracies(scores: Float[Tensor, "m classes"], labels: Int64[Tensor, " m"]) -> dict[str, float]:
+    """`top1` and `top5` in percent."""
+    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices.cpu()
+    hits = ranked == labels[:, None]
+    return {"top1": 100 * hits[:, 0].double().mean().item(), "top5": 100 * hits.any(dim=1).double().mean().item()}
+
+
+def confusion(scores: Float[Tensor, "m classes"], labels: Int64[Tensor, " m"]) -> Int64[Tensor, "classes classes"]:
+    """How many test images of the class of the row were taken for the class of the column."""
+    number = max(scores.shape[1], int(labels.max()) + 1)
+    pairs = labels * number + scores.argmax(dim=1).cpu()
+    return torch.bincount(pairs, minlength=number * number).view(number, number)

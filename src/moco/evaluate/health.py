@@ -1,0 +1,270 @@
+"""Is an encoder healthy? What its features of two views of an image say, without a label.
+
+Alignment and uniformity are those of Wang and Isola 2020 (arXiv:2005.10242, equations 6 and 7), the effective rank is
+RankMe of Garrido et al. 2023 (arXiv:2210.02885, equations 1 and 2).
+"""
+
+import logging
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from moco.data import ArrayImages, BadImage, FileImages, Images
+from moco.embed import Report
+from moco.encoder import ImageEncoder
+from moco.engine import choose_precision
+from moco.evaluate.contract import Outcome, Task
+from moco.evaluate.knn import projected
+from moco.views import VIEWS, TwoViews
+
+Vectors = Float[Tensor, "n d"]
+
+MAX_IMAGES = 5_000
+"""Training images that are looked at, evenly spaced ones of a larger set. An effective rank is at most their number."""
+SMALL = 64
+"""Images up to so many pixels a side are not blurred."""
+PAIRS_AT_ONCE = 2**24
+"""Similarities held in memory at a time."""
+FEW_TO_RANK = 4
+"""With fewer images than so many times the features, the effective rank says as much of them as of the encoder."""
+# Rules of thumb and no more: no paper gives any. They are set wide of what was measured on encoders that work.
+COLLAPSED_SPREAD, COLLAPSED_RANK = 0.1, 2.0
+LOW_RANK = 5.0
+"""Percent of the dimensions."""
+DEAD = 0.01
+"""A dimension's standard deviation, as a fraction of what it is if features are even on the sphere."""
+
+
+def evaluate(task: Task) -> Outcome:
+    """The protocol: two views of training images as the run had them, or by the recipe `v2`; no labels."""
+    encoder, images = task.encoder, evenly(task.splits.train, MAX_IMAGES)
+    if len(images) < 2:
+        raise ValueError("one image has none to differ from; give a folder of more with --data")
+    small = encoder.input_size <= SMALL and task.views is None
+    first, second = (replace(spec, mean=encoder.mean, std=encoder.std) for spec in task.views or VIEWS["v2"]())
+    if small:
+        first, second = (replace(spec, blur_p=0.0) for spec in (first, second))
+    views = TwoViews((first, second), encoder.input_size, task.settings.seed)
+    pair = view_features(
+        encoder,
+        images,
+        views,
+        precision=task.settings.precision,
+        on_progress=lambda done, total: task.report("features of two views", done, total),
+    )
+    figures = measure(*pair)
+    notes = [f"Two views of {len(images):,} training images, {_made(task, small)}."]
+    notes.append(f"Features: {verdict(figures, num_images=len(images), num_dims=pair[0].shape[1])}")
+    if task.projector is not None:
+        pair = tuple(projected(task.projector, vectors) for vectors in pair)
+        of_head = measure(*pair)
+        figures |= {f"projection_{name}": value for name, value in of_head.items()}
+        notes.append(f"Projections: {verdict(of_head, num_images=len(images), num_dims=pair[0].shape[1])}")
+    return Outcome(figures, notes=tuple(notes))
+
+
+def alignment(x: Vectors, y: Vectors, *, alpha: float = 2.0) -> float:
+    """Mean distance between two views of an image, to the power `alpha`: 0 if views do not matter.
+
+    Args:
+        x: unit vectors of one view of each image.
+        y: likewise of the other view.
+        alpha: 2 in the paper.
+
+    Example:
+        >>> alignment(torch.eye(2), torch.eye(2).flip(0))
+        2.0
+    """
+    return _wide(x - y).norm(dim=1).pow(alpha).mean().item()
+
+
+def uniformity(x: Vectors, *, t: float = 2.0) -> float:
+    """Log of the mean Gaussian potential exp(-t |a - b|^2) over all pairs: 0 if collapsed, the lower the more even.
+
+    For t = 2 and many dimensions, vectors that are even on the sphere give about -4 plus 8 over the dimensions.
+
+    Args:
+        x: unit vectors, at least two.
+        t: 2 in the paper.
+
+    Example:
+        >>> uniformity(torch.eye(2))
+        -4.0
+    """
+    wide, n = _wide(x), len(x)
+    square = wide.square().sum(dim=1)
+    sums = []
+    rows = max(1, PAIRS_AT_ONCE // n)
+    for start in range(0, n - 1, rows):
+        part, rest = wide[start : start + rows], wide[start:]
+        distance = square[start : start + rows, None] + square[start:] - 2 * part @ rest.T
+        own = torch.ones_like(distance, dtype=torch.bool).triu(diagonal=1)  # each pair once, none with itself
+        sums.append((-t * distance.clamp(min=0)[own]).logsumexp(dim=0))
+    return torch.stack(sums).logsumexp(dim=0).item() - math.log(n * (n - 1) / 2)
+
+
+def rank_me(z: Vectors, *, eps: float = 1e-7) -> float:
+    """Effective rank: exp of the entropy of the singular values as shares of their sum; 1 to the number of dimensions.
+
+    The vectors are taken as they are, neither centred nor brought to unit length. Not a number if one of them is not.
+
+    Args:
+        z: features; of fewer vectors than dimensions the rank is at most their number.
+        eps: added to each share.
+
+    Example:
+        >>> round(rank_me(torch.eye(4)), 3)
+        4.0
+    """
+    if not z.isfinite().all():
+        return math.nan
+    values = torch.linalg.svdvals(_wide(z))
+    shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + eps
+    return torch.exp(-(shares * shares.log()).sum()).item()
+
+
+@torch.inference_mode()
+def measure(first: Vectors, second: Vectors) -> dict[str, float]:
+    """Figures of the features of two views of the same images, row by row.
+
+    Args:
+        first: of any length; of its vectors alone are rank, spread and uniformity.
+        second: likewise.
+
+    Returns:
+        `effective_rank` and its `effective_rank_share` in percent of the dimensions; `alignment`; `uniformity`;
+        `spread`, the standard deviation of unit vectors over that of even ones, mean over the dimensions, and
+        `spread_min`; `dead`, percent of the dimensions that say nothing; `consistency`, percent of the images whose
+        nearest of all second views is their own; `positive` and `negative`, mean cosine of views of the same image
+        and of two images.
+    """
+    x, y = F.normalize(first, dim=1), F.normalize(second, dim=1)
+    n, d = x.shape
+    rank, spreads = rank_me(first), x.std(dim=0) * math.sqrt(d)
+    nearest = [(part @ y.T).argmax(dim=1) for part in x.split(max(1, PAIRS_AT_ONCE // n))]
+    positive = (x * y).sum(dim=1).double().mean().item()
+    together = (x.double().sum(dim=0) @ y.double().sum(dim=0)).item()
+    return {
+        "effective_rank": rank,
+        "effective_rank_share": 100 * rank / d,
+        "alignment": alignment(x, y),
+        "uniformity": uniformity(x),
+        "spread": spreads.mean().item(),
+        "spread_min": spreads.min().item(),
+        "dead": 100 * (spreads < DEAD).double().mean().item(),
+        "consistency": 100 * (torch.cat(nearest).cpu() == torch.arange(n)).double().mean().item(),
+        "positive": positive,
+        "negative": (together - n * positive) / (n * (n - 1)),
+    }
+
+
+def verdict(figures: dict[str, float], *, num_images: int, num_dims: int) -> str:
+    """What the figures of `measure` mean, and what to do. The limits are rules of thumb."""
+    spread, rank = figures["spread"], figures["effective_rank"]
+    most = min(num_dims, num_images)
+    share = 100 * rank / most
+    if not math.isfinite(spread + rank):
+        return "broken: they are not numbers; go back to an earlier checkpoint and lower --optim.base_lr."
+    if spread < COLLAPSED_SPREAD or rank <= COLLAPSED_RANK:
+        return (
+            f"collapsed: all images look alike (spread {spread:.3f}, effective rank {rank:.1f}; expected over "
+            f"{COLLAPSED_SPREAD} and {COLLAPSED_RANK:g}). So may those of an encoder that was hardly trained. Lower "
+            "--optim.base_lr, raise --model.momentum, and leave --model.batchnorm on auto."
+        )
+    if share < LOW_RANK:
+        return (
+            f"few dimensions are used: effective rank {rank:.1f} of {most}, {share:.1f} %; expected over {LOW_RANK:g} "
+            "%. Lower --model.temperature, let the views differ more (--views.recipe, --views.crop_min), or go back to "
+            "an earlier checkpoint."
+        )
+    words = (
+        f"not collapsed: effective rank {rank:.1f} of {num_dims}, spread {spread:.2f}; {figures['consistency']:.1f} % "
+        f"of the images find their own other view among all ({100 / num_images:.2g} % by chance)."
+    )
+    if figures["dead"] >= 1:
+        words += f" {figures['dead']:.0f} % of the dimensions are the same for every image."
+    if num_images < FEW_TO_RANK * num_dims:
+        words += f" With {num_images:,} images compare the rank only between encoders measured on the same ones."
+    return words
+
+
+@torch.inference_mode()
+def view_features(
+    encoder: ImageEncoder,
+    images: Images | UInt8[Tensor, "n 2 c s s"],
+    views: TwoViews,
+    *,
+    epoch: int = 0,
+    batch_size: int = 256,
+    precision: str = "auto",
+    on_progress: Report | None = None,
+) -> tuple[Vectors, Vectors]:
+    """Float32 features of two views of each image, on the CPU; the encoder is left in the mode it was in.
+
+    Args:
+        encoder: on the device that is to do the work.
+        images: or their crops, as `two_crops` makes them.
+        views: how the two are made; their numbers follow from its seed, `epoch` and an image's place alone.
+        epoch: another one gives other views.
+        batch_size: images at a time.
+        precision: of the encoder's arithmetic.
+        on_progress: called with (images done, images in all).
+    """
+    parameter, was_training = next(encoder.parameters()), encoder.training
+    device = parameter.device
+    kind = choose_precision(device.type) if precision == "auto" else precision
+    layout = torch.channels_last if kind == "bf16" else torch.contiguous_format
+    found: tuple[list[Tensor], list[Tensor]] = [], []
+    encoder.eval()
+    try:
+        for ids in torch.arange(len(images)).split(batch_size):
+            if isinstance(images, ArrayImages):
+                pair = views(images.images[ids].to(device), ids, epoch=epoch)
+            else:
+                crops = images[ids] if isinstance(images, Tensor) else two_crops(images, ids, views, epoch=epoch)
+                pair = views.finish(crops.to(device), ids, epoch=epoch)
+            for batch, parts in zip(pair, found, strict=True):
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=kind == "bf16"):
+                    parts.append(encoder(batch.to(parameter.dtype, memory_format=layout)).float().cpu())
+            if on_progress:
+                on_progress(int(ids[-1]) + 1, len(images))
+    finally:
+        encoder.train(was_training)
+    first, second = (torch.cat(parts) for parts in found)
+    return first, second
+
+
+def two_crops(
+    images: FileImages, ids: Int64[Tensor, " n"], views: TwoViews, *, epoch: int = 0
+) -> UInt8[Tensor, "n 2 c s s"]:
+    """The crops of two views of image files, which `views.finish` makes views of; of an unreadable file black ones."""
+    out = torch.zeros(len(ids), 2, images.channels, views.size, views.size, dtype=torch.uint8)
+    places, bad = torch.arange(len(ids)), []
+    for part in places.split(32):  # pictures of camera size are held at a time
+        for place, each in zip(part.tolist(), images.decode_many(ids[part].tolist()), strict=True):
+            if isinstance(each, BadImage):
+                bad.append(each)
+            else:
+                out[place] = views.crop(each, int(ids[place]), epoch)
+    if bad:
+        logging.getLogger("moco").warning("%d of %d images are black: %s", len(bad), len(out), bad[0])
+    return out
+
+
+def evenly(images: Images, most: int) -> Images:
+    """All images, or so many at even distances."""
+    if len(images) <= most:
+        return images
+    return images.select(torch.linspace(0, len(images) - 1, most).long())
+
+
+def _made(task: Task, small: bool) -> str:
+    return "made as for training" if task.views else f"by the recipe v2{' without blur' if small else ''}"
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
