@@ -1,0 +1,97 @@
+"""The layout of the authors' own checkpoints, which many tools read: v1 and v2's, and v3's."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moco import checkpoint
+from moco.export.contract import Subject, Written
+from moco.export.networks import in_torchvision, standalone
+from moco.run import Run, write_atomically
+from moco.vit import VITS
+
+ABOUT = """\
+`checkpoint.pth.tar` holds `epoch`, `arch` and `state_dict`, named as in the authors' code (the encoder under
+`{prefix}`), for their linear classification and every tool that reads their files. There is no optimizer
+in it: their training cannot be continued from it.
+
+{held}"""
+
+CODE = """\
+{network}
+state = torch.load(f"{{folder}}/checkpoint.pth.tar", map_location="cpu", weights_only=True)["state_dict"]
+prefix = "{prefix}"
+weights = {{name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}}
+weights = {{name: tensor for name, tensor in weights.items() if not name.startswith("{head}.")}}
+{loading}"""
+
+WHOLE = """\
+Besides the query encoder it holds the head, the key encoder and {rest}. The key encoder has made one update more than
+in the authors' files: theirs moves it before a step, here it moves after."""
+BARE = "It holds the backbone of the query encoder only{why}."
+
+
+def write(subject: Subject, folder: Path) -> Written:
+    """ResNets with their usual stem, and v3's vision transformers; all of the model where it comes from a run."""
+    encoder, run = subject.encoder, subject.run
+    is_v3 = run.config.model.variant == "v3" if run else encoder.name in VITS
+    prefix, key_prefix = (
+        ("module.base_encoder.", "module.momentum_encoder.") if is_v3 else ("module.encoder_q.", "module.encoder_k.")
+    )
+    if encoder.name in VITS:
+        architecture, head, packages = encoder.name.removesuffix("-v3").replace("-", "_"), "head", ("timm",)
+        network, _ = standalone(encoder)
+        loading = "model.load_state_dict(weights)\nfeatures = model.eval()(images)"
+    else:
+        theirs = in_torchvision(encoder, form="official")
+        if theirs.changes or theirs.head != "fc":
+            raise ValueError(
+                f"the official code has ResNets with a 7x7 stem for 3 channels, this encoder ({encoder.name!r}) is "
+                "another; use --format torchvision or safetensors"
+            )
+        architecture, head, packages = theirs.name, theirs.head, ("torchvision",)
+        network, loading = theirs.code, theirs.load("weights")
+    state = {prefix + name: tensor for name, tensor in subject.weights.items()}
+    rest, why, epoch = _rest(subject, prefix, key_prefix, head)
+    content = {"epoch": epoch, "arch": architecture, "state_dict": state | rest}
+    write_atomically(folder / "checkpoint.pth.tar", lambda file: torch.save(content, file))
+    held = WHOLE.format(rest="the predictor" if is_v3 else "the queue") if rest else BARE.format(why=why)
+    code = CODE.format(network=network, prefix=prefix, head=head, loading=loading)
+    return Written(code, ABOUT.format(prefix=prefix, held=held), "pytorch", packages)
+
+
+def _rest(subject: Subject, prefix: str, key_prefix: str, head: str) -> tuple[dict[str, Tensor], str, int]:
+    """What a run has besides the backbone, by the official names; or why nothing; and the epochs that are done."""
+    run = subject.run
+    if run is None:
+        return {}, "", 0
+    if not run.last.is_file():
+        return {}, ", as the run has no checkpoint", 0
+    state = checkpoint.load(run.last)
+    ours = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state["model"].items()}
+    epoch = _epochs(run, state["step"])
+    backbone = _part(ours, "query_encoder.backbone.", "")
+    weights = subject.weights
+    if backbone.keys() != weights.keys() or any(not torch.equal(backbone[name], weights[name]) for name in weights):
+        return {}, ", as the run's last checkpoint is of another step than its encoder", epoch
+    model = run.config.model
+    if model.variant != "v3" and model.head == "mlp_bn":
+        return {}, ", as the official code has no head with batch norm", epoch
+    named = _part(ours, "query_encoder.projector.", f"{prefix}{head}.")
+    named |= _part(ours, "key_encoder.backbone.", key_prefix)
+    named |= _part(ours, "key_encoder.projector.", f"{key_prefix}{head}.")
+    named |= _part(ours, "predictor.", "module.predictor.")
+    if "queue.keys" in ours:
+        named["module.queue"] = ours["queue.keys"].T.contiguous()
+        named["module.queue_ptr"] = ours["queue.pointer"].reshape(1)
+    return named, "", epoch
+
+
+def _part(tensors: dict[str, Tensor], prefix: str, new: str) -> dict[str, Tensor]:
+    return {new + name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+
+
+def _epochs(run: Run, step: int) -> int:
+    """Completed at that step, as far as the metrics tell."""
+    return int(max((row["epoch"] for row in run.metrics if row["step"] <= step), default=0))

@@ -1,0 +1,26 @@
+"""Our own format, which holds every encoder; the card says how to do without this package."""
+
+from pathlib import Path
+
+from moco.checkpoint import save_encoder
+from moco.export.contract import Subject, Written
+from moco.export.networks import standalone
+
+ABOUT = """\
+With this package, `moco.load_encoder("FOLDER")` gives an encoder that also prepares images. Without it, the code here
+makes the same network with `{library}`."""
+
+
+def write(subject: Subject, folder: Path) -> Written:
+    """Any encoder that `load_encoder` can build."""
+    network, library = standalone(subject.encoder)
+    save_encoder(folder, subject.encoder)
+    code = "\n".join(
+        [
+            "from safetensors.torch import load_file",
+            network,
+            'model.load_state_dict(load_file(f"{folder}/encoder.safetensors"))',
+            "features = model.eval()(images)",
+        ]
+    )
+    return Written(code, ABOUT.format(library=library), library, (library, "safetensors"))

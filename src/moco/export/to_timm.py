@@ -1,0 +1,85 @@
+"""timm's folder of a model: config.json and model.safetensors, as `timm.create_model("local-dir:...")` reads them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+
+from moco.export.contract import Subject, Written
+from moco.export.networks import INSTEAD, in_timm
+from moco.run import write_atomically
+
+CODE = """\
+import timm
+
+model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+features = model(images)"""
+
+ABOUT = """\
+`timm` makes the network from `config.json` and takes the weights beside it; `num_classes=10` would put a new, untrained
+classifier behind it. `timm.data.resolve_model_data_config(model)` gives the preparation of images that is described
+above, for `timm.data.create_transform`. Uploaded to the Hugging Face hub, the folder loads as `hf-hub:NAME/OF-IT`."""
+
+
+def write(subject: Subject, folder: Path) -> Written:
+    """Any network of timm, v3's vision transformers and ResNets with their usual stem."""
+    encoder, network = subject.encoder, in_timm(subject.encoder)
+    if network is None:
+        raise ValueError(f"timm has no network {encoder.name!r}; {INSTEAD}")
+    if network.changes:
+        what = "small-image stem" if encoder.stem != "imagenet" else "convolutional stem"
+        raise ValueError(f"timm has no {network.architecture} with a {what}; {INSTEAD}, and its card loads it by timm")
+    about: Any = timm.get_pretrained_cfg(network.architecture)
+    arguments = network.arguments
+    if "dynamic_img_size" in arguments:
+        # What the positions were made for, which is not the size that images are brought to.
+        assert isinstance(encoder.backbone, VisionTransformer)
+        arguments = arguments | {"img_size": list(encoder.backbone.patch_embed.img_size)}
+    prepared = {
+        "input_size": [encoder.channels, encoder.input_size, encoder.input_size],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": subject.mean,
+        "std": subject.std,
+    }
+    config = {
+        "architecture": network.architecture,
+        "num_classes": 0,
+        "num_features": encoder.num_features,
+        "model_args": arguments,
+        # Whole: a field that is left out is filled by timm from another checkpoint of that architecture.
+        "pretrained_cfg": {
+            "tag": "moco",
+            "custom_load": False,
+            **prepared,
+            "fixed_input_size": bool(about and about.fixed_input_size and "dynamic_img_size" not in arguments),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": about.first_conv if about else None,
+            "classifier": about.classifier if about else None,
+        },
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+    tensors = save(subject.weights, metadata={"format": "pt"})
+    write_atomically(folder / "model.safetensors", lambda file: file.write(tensors))
+    _check_preparation(folder, prepared)
+    return Written(CODE, ABOUT, "timm", ("timm",))
+
+
+def _check_preparation(folder: Path, expected: dict[str, Any]) -> None:
+    with torch.device("meta"):  # what timm reads, without the time that weights take
+        model = timm.create_model(f"local-dir:{folder}")
+    for at_test in (False, True):
+        found = resolve_model_data_config(model, use_test_size=at_test)
+        for name, value in expected.items():
+            same = list(found[name]) == value if isinstance(value, list) else found[name] == value
+            if not same and not (isinstance(value, float) and math.isclose(found[name], value)):
+                raise RuntimeError(f"timm reads {name} {found[name]} from what was written, expected {value}")
