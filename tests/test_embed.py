@@ -1,3 +1,6 @@
+import copy
+import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ from torchvision.datasets import FakeData
 import moco
 from moco.config import DataConfig
 from moco.data import as_images, load_data, resized
-from moco.embed import features, pixels
+from moco.embed import embed_to, features, fingerprint, pixels
 from moco.encoder import ImageEncoder
 
 
@@ -231,3 +234,83 @@ def test_what_is_not_images_is_refused_in_one_line(given, message):
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="precision is 'fp16'; expected fp32, bf16 or auto"):
         embed(make_encoder(), noise(2, 3, 16, 16), precision="fp16")
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_into_a_folder_go_the_rows_that_are_given_in_memory(batch_size, tmp_path):
+    encoder = make_encoder()
+    for index, picture in enumerate(as_pictures(noise(23, 3, 30, 21))):
+        path = tmp_path / "photos" / ("cats" if index < 9 else "dogs") / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    whole = embed(encoder, tmp_path / "photos", batch_size=batch_size or 256)
+    emb = embed_to(tmp_path / "emb", encoder, tmp_path / "photos", batch_size=batch_size, precision="fp32")
+    np.testing.assert_array_equal(emb.vectors, whole.vectors)
+    assert emb.paths == whole.paths and labels_of(emb) == labels_of(whole) and emb.classes == whole.classes
+    assert emb.encoder is encoder and emb.folder == tmp_path / "emb"
+
+
+@pytest.mark.parametrize("given", ["array", "tensor", "pictures"])
+def test_into_a_folder_goes_what_a_program_hands_over(given, tmp_path):
+    encoder, images = make_encoder(), noise(6, 3, 16, 16)
+    same = {"array": images.movedim(1, -1).numpy(), "tensor": images, "pictures": as_pictures(images)}[given]
+    emb = embed_to(tmp_path / "emb", encoder, same, precision="fp32")
+    np.testing.assert_array_equal(emb.vectors, embed(encoder, images).vectors)
+    assert emb.paths == tuple(map(str, range(6)))
+
+
+def test_into_a_folder_progress_counts_images_and_the_mode_comes_back(tmp_path):
+    encoder, told = make_encoder().train(), []
+    embed_to(tmp_path / "a", encoder, noise(9, 3, 16, 16), batch_size=4, on_progress=lambda *both: told.append(both))
+    assert told == [(4, 9), (8, 9), (9, 9)] and encoder.training
+    with pytest.raises(RuntimeError, match="stop"):
+        embed_to(
+            tmp_path / "b",
+            encoder,
+            noise(9, 3, 16, 16),
+            on_progress=lambda done, total: (_ for _ in ()).throw(RuntimeError("stop")),
+        )
+    assert encoder.training
+
+
+def test_of_images_with_two_parts_either_can_be_embedded(tmp_path):
+    for part, count in (("train", 4), ("test", 3)):
+        for index, picture in enumerate(as_pictures(noise(count, 3, 20, 20))):
+            (tmp_path / "photos" / part).mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / "photos" / part / f"{index}.png")
+    for part, count in (("train", 4), ("test", 3)):
+        assert len(embed_to(tmp_path / part, make_encoder(), tmp_path / "photos", part=part)) == count
+    with pytest.raises(ValueError, match="part is 'val'; expected train or test"):
+        embed_to(tmp_path / "val", make_encoder(), tmp_path / "photos", part="val")
+    with pytest.raises(ValueError, match="has no test images; expected a folder with train/ and test/, or leave out"):
+        embed_to(tmp_path / "none", make_encoder(), tmp_path / "photos" / "test", part="test")
+
+
+def test_the_next_files_are_read_while_a_batch_is_worked_on_and_not_many_more(tmp_path, monkeypatch):
+    for index, picture in enumerate(as_pictures(noise(40, 3, 20, 20))):
+        picture.save(tmp_path / f"{index:02}.png")
+    module, read, seen = sys.modules[features.__module__], [], []
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda path, channels: (read.append(path), decode(path, channels))[1])
+
+    def look(done: int, total: int) -> None:
+        time.sleep(0.05)
+        seen.append(len(read))
+
+    embed_to(tmp_path / "emb", make_encoder(), tmp_path, batch_size=4, on_progress=look)
+    assert seen[0] == 12 and seen[-1] == 40  # two batches more than are done
+
+
+def test_a_fingerprint_is_of_weights_and_description(tmp_path):
+    encoder = make_encoder()
+    assert fingerprint(encoder) == fingerprint(make_encoder()) == fingerprint(copy.deepcopy(encoder))
+    others = [copy.deepcopy(encoder) for _ in range(3)]
+    others[0].backbone.get_parameter("0.weight").data[0, 0, 0, 0] += 1e-4
+    others[1].input_size = 17
+    others[2].backbone.get_buffer("1.running_mean")[0] += 1e-4
+    assert len({fingerprint(each) for each in (encoder, *others)}) == 4
+
+
+def test_in_memory_embeddings_carry_their_encoder():
+    encoder = make_encoder()
+    assert embed(encoder, noise(2, 3, 16, 16)).encoder is encoder

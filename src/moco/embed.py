@@ -1,41 +1,37 @@
-"""Images -> features, in order."""
+"""Images -> features, in order: in memory, or into a folder."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from moco.config import DataConfig
-from moco.data import ArrayImages, Images, as_images, load_data, resized
+from moco.data import ArrayImages, BadImage, FileImages, Images, as_images, load_data, resized
+from moco.data.decode import decode, quiet_pillow
 from moco.encoder import ImageEncoder
-from moco.transforms import normalise
+from moco.table import Unreadable, Writer, write_shared
+from moco.transforms import centred, normalise
+from moco.vectors import Embeddings, Meta, Settings, load, load_part, versions
+
+READ_AHEAD = 2
+"""Batches of files that are read while one is worked on."""
+HELD = 2**30
+"""Bytes of features that are held in memory; more are written to a temporary file and mapped."""
 
 Report = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """One row per image, in the order of the images.
-
-    Attributes:
-        vectors: float32 `[N, F]`.
-        paths: a name per row.
-        labels: class numbers `[N]`, or None.
-        classes: names of the class numbers, or None.
-    """
-
-    vectors: np.ndarray
-    paths: tuple[str, ...]
-    labels: np.ndarray | None
-    classes: tuple[str, ...] | None
-
-    def __len__(self) -> int:
-        return len(self.vectors)
 
 
 def embed(
@@ -72,6 +68,7 @@ def embed(
         paths=images.paths,
         labels=None if images.labels is None else images.labels.numpy(),
         classes=images.classes,
+        encoder=encoder,
     )
 
 
@@ -85,28 +82,215 @@ def features(
     on_progress: Report | None = None,
 ) -> Tensor:
     """The same as a float32 tensor `[n, f]` on the CPU; the encoder is left in the mode it was in."""
+    kind = _arithmetic(encoder, precision)
+    out = _buffer(len(images), encoder.num_features)
+    with _evaluating(encoder):
+        for start in range(0, len(images), batch_size):
+            which = range(start, min(start + batch_size, len(images)))
+            out[start : which.stop] = _forward(encoder, resized(images, list(which), size=encoder.input_size), kind)
+            if on_progress:
+                on_progress(which.stop, len(images))
+    return out
+
+
+def embed_to(
+    out: str | Path,
+    source: ImageEncoder | str | Path,
+    images: "Images | Tensor | np.ndarray | list[Any] | Dataset[Any] | str | Path",
+    *,
+    part: str = "train",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    accelerator: str = "auto",
+    on_progress: Report | None = None,
+) -> Embeddings:
+    """Features of all images into a folder (`moco.vectors` says what is in it), of which never many are in memory.
+
+    Killed at any moment, the same call goes on where rows were last safe on the disk, and the table becomes that of an
+    undisturbed run, to the last bit on the same machine. A finished table is returned as it is. In each of several
+    processes that `torchrun` starts it does a share of the images.
+
+    Args:
+        out: a new folder, or one where this was begun.
+        source: folder of a run, or what `load_encoder` takes or gives.
+        images: as for `embed`. Files that cannot be read get no row; they and the reasons are in unreadable.csv.
+        part: `train`, or `test` of images that have such parts.
+        batch_size: images at a time; not given: from the size of the images.
+        precision: `fp32`, `bf16`, or `auto`: bf16 where it is fast.
+        accelerator: for an encoder that has yet to be loaded.
+        on_progress: called with (images done, images in all), of this process.
+
+    Raises:
+        ValueError: no images, none readable, or a folder that was begun with other images, encoder or settings.
+        FileExistsError: a folder with something else in it.
+    """
+    from moco.checkpoint import load_encoder
+
+    if isinstance(source, ImageEncoder):
+        encoder, origin = source, None
+    else:
+        encoder, origin = load_encoder(source).to(_device(accelerator)), os.path.abspath(source)
+    whence = str(images) if isinstance(images, str | Path) else None
+    found = load_part(whence, part, encoder.channels) if whence else as_images(images, channels=encoder.channels)
+    size = batch_size or max(16, min(256, 2**22 // encoder.input_size**2 // 16 * 16))
+    kind = _arithmetic(encoder, precision)
+    settings = Settings(
+        encoder=fingerprint(encoder), images=fingerprint_of_images(found), precision=kind, batch_size=size
+    )
+    meta = Meta(
+        columns=encoder.num_features,
+        settings=settings,
+        encoder=encoder.describe(),
+        encoder_source=origin,
+        images_source=whence,
+        part=part,
+        classes=found.classes,
+        stop=len(found),
+        versions=versions(),
+    )
+
+    def write(folder: Path, meta: Meta) -> None:
+        _write(folder, meta, encoder, found, on_progress)
+
+    write_shared(Path(out), meta, write)
+    return replace(load(out), encoder=encoder)
+
+
+@torch.inference_mode()
+def _write(folder: Path, meta: Meta, encoder: ImageEncoder, images: Images, on_progress: Report | None) -> None:
+    """Rows from where the folder has none yet; batches begin at the same images whenever it was stopped."""
+    with Writer(folder, meta) as writer, _evaluating(encoder):
+        size, done, stop = meta.settings.batch_size, writer.meta.done, meta.stop
+        batches = [range(start, min(start + size, stop)) for start in range(done, stop, size)]
+        listed = _reasons(images) if done == 0 else []
+        with closing(_batches(images, batches, encoder.input_size)) as read:
+            for which, pixels, bad in read:
+                vectors = _forward(encoder, pixels, meta.settings.precision).numpy()
+                good = [index for index in which if index not in bad]
+                writer.add(
+                    vectors[[index - which.start for index in good]],
+                    [images.paths[index] for index in good],
+                    None if images.labels is None else images.labels[good].tolist(),
+                    listed + [Unreadable(bad[index].path, bad[index].reason) for index in sorted(bad)],
+                    done=which.stop,
+                )
+                listed = []
+                if on_progress:
+                    on_progress(which.stop - meta.start, stop - meta.start)
+        writer.finish()
+
+
+def _batches(
+    images: Images, batches: Sequence[range], size: int
+) -> Generator[tuple[range, UInt8[Tensor, "n c s s"], dict[int, BadImage]]]:
+    """Pixels of each batch, black where a file cannot be read; files are read while earlier batches are worked on."""
+    if isinstance(images, ArrayImages):
+        yield from ((which, resized(images, list(which), size=size), {}) for which in batches)
+        return
+
+    def read(index: int) -> UInt8[Tensor, "c s s"] | BadImage:
+        try:
+            return centred(torch.from_numpy(decode(images.paths[index], images.channels))[None], size)[0]
+        except BadImage as bad:
+            return bad
+
+    # As many threads as cores: each holds one picture at its full size.
+    with quiet_pillow(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        waiting: deque[tuple[range, list[Future[Tensor | BadImage]]]] = deque()
+        try:
+            for which in [*batches, *[range(0)] * READ_AHEAD]:
+                waiting.append((which, [pool.submit(read, index) for index in which]))
+                if len(waiting) > READ_AHEAD:
+                    which, futures = waiting.popleft()
+                    yield which, *_gathered(which, [future.result() for future in futures], images.channels, size)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _gathered(
+    which: range, read: Sequence[Tensor | BadImage], channels: int, size: int
+) -> tuple[UInt8[Tensor, "n c s s"], dict[int, BadImage]]:
+    pixels, bad = torch.zeros(len(which), channels, size, size, dtype=torch.uint8), {}
+    for place, (index, each) in enumerate(zip(which, read, strict=True)):
+        if isinstance(each, BadImage):
+            bad[index] = each
+        else:
+            pixels[place] = each
+    return pixels, bad
+
+
+def _reasons(images: Images) -> list[Unreadable]:
+    """Why the files were skipped that were found unreadable when the images were listed."""
+    again = FileImages(images.skipped, None, None)
+    answers = [each for at in range(0, len(again), 32) for each in again.decode_many(range(at, len(again))[:32])]
+    return [
+        Unreadable(path, each.reason if isinstance(each, BadImage) else "it could not be read at first")
+        for path, each in zip(images.skipped, answers, strict=True)
+    ]
+
+
+def fingerprint(encoder: ImageEncoder) -> str:
+    """SHA-256 of an encoder's weights and description: equal for equal encoders, on any machine."""
+    digest = hashlib.sha256(json.dumps(encoder.describe(), sort_keys=True).encode())
+    for name, tensor in sorted(encoder.backbone.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint_of_images(images: Images) -> str:
+    """SHA-256 of names and labels in order, and of pixels that are in memory; files are not opened."""
+    digest = hashlib.sha256()
+    for path in images.paths:
+        digest.update(path.encode("utf-8", "surrogateescape") + b"\0")
+    if images.labels is not None:
+        digest.update(images.labels.numpy())
+        digest.update("\0".join(images.classes or ()).encode("utf-8", "surrogateescape"))
+    if isinstance(images, ArrayImages):
+        digest.update(images.images.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _device(accelerator: str) -> str:
+    """Of several processes on one machine each has a device of its own."""
+    from moco.engine import choose_accelerator
+
+    name, local = choose_accelerator(accelerator), os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if name == "cuda" and local else name
+
+
+def _arithmetic(encoder: ImageEncoder, precision: str) -> str:
     from moco.engine import choose_precision
 
     if precision not in ("auto", "fp32", "bf16", "fp64"):
         raise ValueError(f"precision is {precision!r}; expected fp32, bf16 or auto")
-    first = next(encoder.parameters())
-    kind = choose_precision(first.device.type) if precision == "auto" else precision
+    return choose_precision(next(encoder.parameters()).device.type) if precision == "auto" else precision
+
+
+@contextmanager
+def _evaluating(encoder: ImageEncoder) -> Generator[None]:
     was_training = encoder.training
     encoder.eval()
-    out = torch.empty(len(images), encoder.num_features)
-    layout = torch.channels_last if kind == "bf16" else torch.contiguous_format
     try:
-        for start in range(0, len(images), batch_size):
-            which = range(start, min(start + batch_size, len(images)))
-            pixels = resized(images, list(which), size=encoder.input_size).to(first.device)
-            batch = normalise(pixels, encoder.mean, encoder.std).to(first.dtype).to(memory_format=layout)
-            with torch.autocast(first.device.type, dtype=torch.bfloat16, enabled=kind == "bf16"):
-                out[start : which.stop] = encoder(batch).float().cpu()
-            if on_progress:
-                on_progress(which.stop, len(images))
+        yield
     finally:
         encoder.train(was_training)
-    return out
+
+
+def _forward(encoder: ImageEncoder, pixels: UInt8[Tensor, "n c h w"], kind: str) -> Float[Tensor, "n f"]:
+    first = next(encoder.parameters())
+    layout = torch.channels_last if kind == "bf16" else torch.contiguous_format
+    batch = normalise(pixels.to(first.device), encoder.mean, encoder.std).to(first.dtype).to(memory_format=layout)
+    with torch.autocast(first.device.type, dtype=torch.bfloat16, enabled=kind == "bf16"):
+        return encoder(batch).float().cpu()
+
+
+def _buffer(rows: int, columns: int) -> Tensor:
+    """Room for features: in memory, or if there are many in a file that is gone when nothing uses it any more."""
+    if 4 * rows * columns <= HELD:
+        return torch.empty(rows, columns)
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=(rows, columns)))
 
 
 def pixels(images: Images, *, size: int) -> Tensor:

@@ -1,0 +1,174 @@
+"""A finished table of embeddings as other programs want it."""
+
+import difflib
+import io
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from PIL import Image
+
+from moco.data import Images, resized
+from moco.run import write_atomically
+from moco.vectors import Embeddings, images_of, load, read_meta
+
+MAX_POINTS = 10_000
+"""Rows that the projector is given, evenly from all: a browser draws no more with ease."""
+SPRITE, THUMBNAIL = 4096, 64
+"""Pixels of a side of all thumbnails together, and at most of one."""
+BLOCK = 2**24
+"""Numbers that are converted at a time."""
+
+
+def export(folder: str | Path, format: str, *, images: Images | None = None) -> Path:
+    """Writes what lies in a folder once more, beside it.
+
+    Args:
+        folder: a finished table.
+        format: `npy`, which it already is; `parquet` (columns path, label, class, vector); or `tensorboard`, for its
+            projector, with thumbnails.
+        images: of the rows, for the thumbnails; not given: looked for where they were.
+
+    Returns:
+        What was written: a file or folder.
+
+    Raises:
+        ValueError: an unknown format, or an unfinished table.
+        ImportError: the format needs an extra that is not installed.
+
+    Example:
+        >>> export("emb", "parquet")                                                         # doctest: +SKIP
+        PosixPath('emb/embeddings.parquet')
+    """
+    if format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, n=1)
+        raise ValueError(
+            f"unknown format {format!r}: expected one of {', '.join(FORMATS)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    return FORMATS[format](Path(folder), load(folder), images)
+
+
+def refuse_missing(format: str) -> None:
+    """Raises the errors of `export` that can be known before anything is computed."""
+    if format not in FORMATS:
+        export(".", format)
+    if format == "parquet":
+        _pyarrow()
+
+
+def _as_it_is(folder: Path, embeddings: Embeddings, images: Images | None) -> Path:
+    return folder
+
+
+def _to_parquet(folder: Path, embeddings: Embeddings, images: Images | None) -> Path:
+    pa = _pyarrow()
+    import pyarrow.parquet as pq
+
+    columns = embeddings.vectors.shape[1]
+    schema = pa.schema(
+        [
+            pa.field("path", pa.string()),
+            pa.field("label", pa.int64()),
+            pa.field("class", pa.string()),
+            pa.field("vector", pa.list_(pa.float32(), columns)),
+        ]
+    )
+
+    def write(file: BinaryIO) -> None:
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for rows in _blocks(len(embeddings), columns):
+                labels = [None] * len(rows) if embeddings.labels is None else embeddings.labels[rows].tolist()
+                numbers = pa.array(np.array(embeddings.vectors[rows.start : rows.stop]).reshape(-1))
+                arrays = [
+                    pa.array([readable(embeddings.paths[row]) for row in rows], pa.string()),
+                    pa.array(labels, pa.int64()),
+                    pa.array([_readable_class(embeddings, row) for row in rows], pa.string()),
+                    pa.FixedSizeListArray.from_arrays(numbers, columns),
+                ]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+
+    write_atomically(folder / "embeddings.parquet", write)
+    return folder / "embeddings.parquet"
+
+
+def _to_projector(folder: Path, embeddings: Embeddings, images: Images | None) -> Path:
+    """As https://github.com/tensorflow/tensorboard/blob/master/docs/tensorboard_projector_plugin.ipynb has it."""
+    out, count = folder / "tensorboard", min(len(embeddings), MAX_POINTS)
+    rows = torch.linspace(0, len(embeddings) - 1, count, dtype=torch.float64).round().long()
+    classed = embeddings.labels is not None
+    config = [("tensor_name", read_meta(folder).encoder.get("backbone", "features")), ("tensor_path", "tensors.tsv")]
+    config.append(("metadata_path", "metadata.tsv"))
+    lines = [f'  {name}: "{_plain(str(value))}"' for name, value in config]
+    lines += [f"  tensor_shape: {number}" for number in (count, embeddings.vectors.shape[1])]
+
+    def write_vectors(file: BinaryIO) -> None:
+        for part in rows.split(1000):
+            np.savetxt(file, embeddings.vectors[part.numpy()], fmt="%.9g", delimiter="\t")
+
+    write_atomically(out / "tensors.tsv", write_vectors)
+    named = [["row", "path", "class"][: 2 + classed]]
+    named += [[str(row), embeddings.paths[row], embeddings.class_of(row) or ""][: 2 + classed] for row in rows.tolist()]
+    text = "".join("\t".join(map(_plain, each)) + "\n" for each in named)
+    write_atomically(out / "metadata.tsv", lambda file: file.write(text.encode()))
+    images = images or images_of(embeddings)
+    if images is not None:
+        side, sprite = _sprite(images, rows)
+        write_atomically(out / "sprite.png", lambda file: file.write(sprite))
+        sizes = f"single_image_dim: {side} single_image_dim: {side}"
+        lines.append(f'  sprite {{ image_path: "sprite.png" {sizes} }}')
+    text_config = "embeddings {\n" + "\n".join(lines) + "\n}\n"
+    write_atomically(out / "projector_config.pbtxt", lambda file: file.write(text_config.encode()))
+    return out
+
+
+def _sprite(images: Images, rows: Int64[torch.Tensor, " n"]) -> tuple[int, bytes]:
+    """All thumbnails in a square, row by row, and the side of one."""
+    across = int(np.ceil(np.sqrt(len(rows))))
+    side = min(THUMBNAIL, SPRITE // across)
+    canvas = np.full((across * side, across * side, 3), 255, dtype=np.uint8)
+    for start in range(0, len(rows), 256):
+        for place, picture in enumerate(resized(images, rows[start : start + 256], size=side), start):
+            top, left = place // across * side, place % across * side
+            canvas[top : top + side, left : left + side] = picture.movedim(0, 2).numpy()
+    file = io.BytesIO()
+    Image.fromarray(canvas).save(file, format="PNG")
+    return side, file.getvalue()
+
+
+FORMATS: Mapping[str, Callable[[Path, Embeddings, Images | None], Path]] = {
+    "npy": _as_it_is,
+    "parquet": _to_parquet,
+    "tensorboard": _to_projector,
+}
+
+
+def readable(text: str) -> str:
+    """With bytes that are no UTF-8 written as their numbers."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _plain(text: str) -> str:
+    """Without what would end a field or a line."""
+    return "".join(letter if letter.isprintable() and letter not in '"\\' else "?" for letter in readable(text))
+
+
+def _readable_class(embeddings: Embeddings, row: int) -> str | None:
+    name = embeddings.class_of(row)
+    return None if name is None else readable(name)
+
+
+def _blocks(rows: int, columns: int) -> Iterator[range]:
+    step = max(1, BLOCK // columns)
+    return (range(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise ImportError("Parquet needs an extra: pip install moco-ssl[parquet]") from None
+    return pyarrow

@@ -1,0 +1,279 @@
+"""Writing a folder of embeddings so that no row is lost or there twice, whenever the process is killed."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, final
+
+import numpy as np
+
+from moco.run import _disk_full_named, write_atomically
+from moco.vectors import HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta, shares
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+SYNC_EVERY = 5.0
+"""Seconds between two times that everything so far is made safe on the disk."""
+
+
+WAIT = 0.1
+"""Seconds between two looks whether the other processes have finished."""
+
+
+class Unreadable(NamedTuple):
+    """An image that has no row."""
+
+    path: str
+    reason: str
+
+
+@final
+class Writer:
+    """A table that is being written: after a crash it goes on where everything was last safe on the disk.
+
+    Args:
+        folder: new or empty, or holding the same table unfinished.
+        meta: of a table without rows.
+
+    Raises:
+        ValueError: the folder holds another table, or a damaged one.
+        FileExistsError: it holds something else.
+    """
+
+    def __init__(self, folder: Path, meta: Meta):
+        _begin(folder, meta)
+        self._folder, self._files = folder, {name: _opened(folder / name) for name in (VECTORS, *HEADS)}
+        try:
+            self._go_on(folder)
+        except BaseException:
+            self._close()
+            raise
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        with suppress(OSError):  # what was safe stays safe
+            if kind is not None and not self.meta.complete:
+                self.sync()
+        self._close()
+
+    def _go_on(self, folder: Path) -> None:
+        """Cuts off what was written after the last safe place."""
+        _lock(self._files[VECTORS], folder)
+        for partial in folder.glob(f".{META}.*.partial"):  # a killed process had begun to write it
+            partial.unlink(missing_ok=True)
+        self.meta = read_meta(folder)
+        if self.meta.complete:
+            raise ValueError(f"{folder} is finished; nothing can be added to it")
+        for name, file in self._files.items():
+            size = (self.meta.written or {}).get(name, 0)
+            if os.fstat(file.fileno()).st_size < size:
+                raise ValueError(f"{folder / name} is shorter than {META} says; delete {folder} and embed anew")
+            file.truncate(size)
+            file.seek(size)
+            if not size:
+                file.write(_head(name, 0, self.meta.columns))
+
+    def _close(self) -> None:
+        for file in self._files.values():
+            with suppress(OSError):
+                file.close()
+
+    def add(
+        self,
+        vectors: np.ndarray,
+        paths: Sequence[str],
+        labels: Sequence[int] | None,
+        unreadable: Sequence[Unreadable],
+        *,
+        done: int,
+    ) -> None:
+        """Rows, and images that have none, after which all images before `done` have been dealt with."""
+        classes = self.meta.classes
+        rows = (
+            (path, "", "") if labels is None else (path, labels[row], classes[labels[row]] if classes else "")
+            for row, path in enumerate(paths)
+        )
+        with _disk_full_named(self._folder):
+            self._files[VECTORS].write(np.ascontiguousarray(vectors, dtype="<f4").data)
+            self._files[IMAGES].write(_csv(rows))
+            self._files[UNREADABLE].write(_csv(unreadable))
+        self.meta = self.meta.model_copy(
+            update={
+                "rows": self.meta.rows + len(vectors),
+                "unreadable": self.meta.unreadable + len(unreadable),
+                "done": done,
+            }
+        )
+        if time.monotonic() - self._synced >= SYNC_EVERY:
+            self.sync()
+
+    def sync(self) -> None:
+        """Makes what was added safe."""
+        with _disk_full_named(self._folder):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        written = {name: file.tell() for name, file in self._files.items()}
+        self.meta = self.meta.model_copy(update={"written": written})
+        _write_meta(self._folder, self.meta)
+        self._synced = time.monotonic()
+
+    def finish(self) -> None:
+        """No more rows will come."""
+        self._files[VECTORS].seek(0)
+        self._files[VECTORS].write(_head(VECTORS, self.meta.rows, self.meta.columns))
+        self._files[VECTORS].seek(0, os.SEEK_END)
+        self.sync()
+        self.meta = self.meta.model_copy(update={"complete": True, "written": None})
+        _write_meta(self._folder, self.meta)
+
+
+def same_table(folder: Path, old: Meta, new: Meta) -> None:
+    """Refuses to take one table for another.
+
+    Raises:
+        ValueError: what differs.
+    """
+    what = {"encoder": "another encoder", "images": "other images (names, order, labels or pixels)"}
+    for name, before in old.settings:
+        now = getattr(new.settings, name)
+        if now != before:
+            raise ValueError(
+                f"{folder} was begun with "
+                + (what[name] if name in what else f"{name} {before}, now it is {now}")
+                + "; give the same again, or another --out"
+            )
+    if (old.start, old.stop, old.columns) != (new.start, new.stop, new.columns):
+        raise ValueError(f"{folder} holds another share of the images; use as many processes again, or another --out")
+
+
+def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> None:
+    """Has a table written: by this process alone, or of several (`RANK`, `WORLD_SIZE`) each its share of the images.
+
+    They never talk to each other: each writes a folder of its own, and the first joins them when all are finished.
+
+    Args:
+        out: folder of the table; a finished one stays as it is.
+        meta: of the whole table, without rows.
+        write: writes or goes on with a folder of a share.
+
+    Raises:
+        ValueError: `out` was begun with something else, or by another number of processes.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if not _finished(out, meta):
+        folders = [out / f"share-{number:05}-of-{world:05}" for number in range(world)]
+        other = [folder for folder in shares(out) if world == 1 or folder not in folders]
+        if other or (world > 1 and (out / META).is_file()):
+            begun = f"{int(other[0].name.rpartition('-')[2])} processes" if other else "one process"
+            raise ValueError(f"{out} was begun by {begun}, now there are {world}; use as many again, or another --out")
+        if world == 1:
+            write(out, meta)
+            return
+        size, stop = meta.settings.batch_size, meta.stop
+        bounds = [min(number * -(-stop // size) // world * size, stop) for number in range(world + 1)]
+        parts = [
+            meta.model_copy(update={"start": first, "stop": last, "done": first})
+            for first, last in zip(bounds, bounds[1:], strict=False)
+        ]
+        if not _finished(folders[rank], parts[rank]):
+            write(folders[rank], parts[rank])
+        while rank == 0 and not all(map(_finished, folders, parts)):
+            time.sleep(WAIT)
+        if rank == 0:
+            join(folders, out)
+        while not _finished(out, meta):
+            time.sleep(WAIT)
+    if rank == 0:
+        for folder in shares(out):
+            shutil.rmtree(folder)
+        for partial in out.glob(".*.partial"):
+            partial.unlink(missing_ok=True)
+
+
+def _finished(folder: Path, meta: Meta) -> bool:
+    if not (folder / META).is_file():
+        return False
+    before = read_meta(folder)
+    same_table(folder, before, meta)
+    return before.complete
+
+
+def join(folders: Sequence[Path], out: Path) -> None:
+    """One table out of the finished shares that follow each other."""
+    metas = [read_meta(folder) for folder in folders]
+    rows, columns = sum(meta.rows for meta in metas), metas[0].columns
+    for name in (VECTORS, *HEADS):
+
+        def write(to: BinaryIO, name: str = name) -> None:
+            to.write(_head(name, rows, columns))
+            for folder in folders:
+                with (folder / name).open("rb") as file:
+                    file.seek(len(_head(name, 0, columns)))
+                    shutil.copyfileobj(file, to, 2**20)
+
+        write_atomically(out / name, write)
+    unreadable, stop = sum(meta.unreadable for meta in metas), metas[-1].stop
+    whole = {"rows": rows, "unreadable": unreadable, "start": 0, "stop": stop, "done": stop}
+    _write_meta(out, metas[0].model_copy(update=whole))
+
+
+def _begin(folder: Path, meta: Meta) -> None:
+    """Makes the folder; one that is there has to hold the same table."""
+    if (folder / META).is_file():
+        same_table(folder, read_meta(folder), meta)
+        return
+    if folder.exists() and (not folder.is_dir() or any(not each.name.startswith(".") for each in folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and holds no embeddings; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_meta(folder, meta)
+
+
+def _write_meta(folder: Path, meta: Meta) -> None:
+    text = json.dumps(meta.model_dump(), indent=2) + "\n"
+    write_atomically(folder / META, lambda file: file.write(text.encode()))
+
+
+def _opened(path: Path) -> BinaryIO:
+    path.touch()
+    return path.open("r+b")
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    """So that two processes never write one table; the system lets go of it when a process is gone."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder} is being written by another process; wait for it, or give another --out") from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _head(name: str, rows: int, columns: int) -> bytes:
+    """What a file begins with; of vectors as long for any number of rows, as numpy leaves room for them to grow."""
+    if name != VECTORS:
+        return (",".join(HEADS[name]) + "\n").encode()
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, columns)})
+    return file.getvalue()
+
+
+def _csv(rows: Iterable[Sequence[str | int]]) -> bytes:
+    """Text in quotes, so that any name will do; a name that is no UTF-8 is written as the bytes that it is."""
+    text = io.StringIO(newline="")
+    csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")

@@ -1,0 +1,217 @@
+"""A folder of embeddings: vectors on disk, what each is of, and what they were computed with.
+
+vectors.npy      float32 [N, F], which numpy maps into memory: np.load(..., mmap_mode="r")
+images.csv       path, label and class of each row
+unreadable.csv   images that have no row, and why
+meta.json        encoder, images, settings and versions; while rows are being added, also how far it is
+"""
+
+import csv
+import json
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+
+from moco.config import DataConfig
+from moco.data import FileImages, Images, load_data
+from moco.encoder import ImageEncoder
+
+FORMAT = 1
+"""Of the folder; raised when an older version could not read a newer one rightly."""
+STREAMED = 1e-9
+"""GiB of decoded images to hold: none."""
+VECTORS, IMAGES, UNREADABLE, META = "vectors.npy", "images.csv", "unreadable.csv", "meta.json"
+HEADS = {IMAGES: ("path", "label", "class"), UNREADABLE: ("path", "reason")}
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """One row per image, in the order of the images.
+
+    Attributes:
+        vectors: float32 `[N, F]`.
+        paths: a name per row.
+        labels: class numbers `[N]`, or None.
+        classes: names of the class numbers, or None.
+        encoder: what computed them, if it is at hand.
+        folder: where they lie on disk, if they do; `vectors` is then mapped and read-only.
+    """
+
+    vectors: np.ndarray
+    paths: tuple[str, ...]
+    labels: np.ndarray | None
+    classes: tuple[str, ...] | None
+    encoder: ImageEncoder | None = field(default=None, repr=False, compare=False)
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def class_of(self, row: int) -> str | None:
+        """Name of the class of a row, if it has one."""
+        return None if self.labels is None or self.classes is None else self.classes[int(self.labels[row])]
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("expected text")
+    return value
+
+
+Name = Annotated[str, PlainValidator(_text)]
+"""Pydantic's own texts have to be UTF-8, which names of files need not be."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Settings(_Record):
+    """What every number of a table depends on; where one differs it is another table."""
+
+    encoder: str
+    """SHA-256 of the encoder's weights and description."""
+    images: str
+    """SHA-256 of the names and labels in order, and of pixels that were handed over."""
+    precision: str
+    batch_size: int
+
+
+class Meta(_Record):
+    """meta.json."""
+
+    format: int = FORMAT
+    complete: bool = False
+    rows: int = 0
+    columns: int
+    unreadable: int = 0
+    settings: Settings
+    encoder: dict[str, Any]
+    """As `ImageEncoder.describe` has it."""
+    encoder_source: Name | None
+    """Where the encoder was loaded from, or None."""
+    images_source: Name | None
+    """Folder or name of the images, or None if a program handed them over."""
+    part: str
+    """Which part of the images: `train`, `test`."""
+    classes: tuple[Name, ...] | None
+    start: int = 0
+    """First image of the share of this folder; other processes have the others."""
+    stop: int
+    done: int = 0
+    """Images up to this one have been dealt with."""
+    written: dict[str, int] | None = None
+    """Bytes of each file that count, while rows are being added."""
+    versions: dict[str, str]
+
+
+def load(folder: str | Path) -> Embeddings:
+    """A finished table; its vectors stay on disk and are mapped read-only.
+
+    Raises:
+        FileNotFoundError: there is no table.
+        ValueError: it is unfinished or damaged, or a newer version wrote it.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
+    refuse_unfinished(folder, meta)
+    if not meta.rows:
+        raise ValueError(f"{folder} has no rows: none of the images could be read; {UNREADABLE} in it says why")
+    try:
+        vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        with (folder / IMAGES).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            lines = csv.reader(file)
+            head, paths, known = tuple(next(lines, ())), list[str](), list[int]()
+            for path, label, _ in lines:
+                paths.append(path)
+                known += [int(label)] if label else []
+    except (OSError, EOFError, ValueError, csv.Error) as error:
+        raise ValueError(f"{folder} is damaged ({' '.join(str(error).split())}); embed the images anew") from None
+    if vectors.shape != (meta.rows, meta.columns) or vectors.dtype != np.float32 or len(paths) != meta.rows:
+        raise ValueError(
+            f"{folder} is damaged: {vectors.dtype} vectors of shape {vectors.shape} and {len(paths)} names, expected "
+            f"float32 {(meta.rows, meta.columns)}; embed the images anew"
+        )
+    known_classes = range(len(meta.classes or ()))
+    if head != HEADS[IMAGES] or len(known) not in (0, meta.rows) or not all(each in known_classes for each in known):
+        raise ValueError(f"{folder / IMAGES} does not fit meta.json; embed the images anew")
+    labels = np.array(known) if known else None
+    return Embeddings(vectors, tuple(paths), labels, meta.classes, folder=folder)
+
+
+def read_meta(folder: str | Path) -> Meta:
+    """meta.json, of a finished or unfinished table; errors as `load`."""
+    path = Path(folder) / META
+    if not path.is_file():
+        what = "only shares of a table that several processes had begun" if shares(Path(folder)) else f"no {META}"
+        raise FileNotFoundError(f"{folder} holds {what}; expected a folder that `moco embed` has written")
+    try:
+        meta = Meta.model_validate(json.loads(path.read_bytes()))
+    except ValueError as error:
+        what = " ".join(str(error).split())
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise ValueError(f"{path} does not describe embeddings ({what}); embed the images anew") from None
+    if meta.format > FORMAT:
+        raise ValueError(f"{path} is of format {meta.format}, this version reads up to {FORMAT}; update moco")
+    return meta
+
+
+def refuse_unfinished(folder: Path, meta: Meta) -> None:
+    """Raises the error of `load` for a table that still lacks rows."""
+    if not meta.complete:
+        raise ValueError(
+            f"{folder} is unfinished: {meta.done} of {meta.stop} images; the `moco embed` command that began it, given "
+            "again, goes on"
+        )
+
+
+def shares(folder: Path) -> list[Path]:
+    """Folders in which several processes write, or wrote, their shares of a table."""
+    return sorted(folder.glob("share-*-of-*"))
+
+
+def images_of(embeddings: Embeddings) -> Images | None:
+    """The images of the rows where they can still be found: the files of their names, or the named data set."""
+    meta = read_meta(embeddings.folder) if embeddings.folder else None
+    channels = int(meta.encoder.get("channels", 3)) if meta else 3
+    if embeddings.paths and Path(embeddings.paths[0]).is_file():
+        return FileImages(embeddings.paths, None, None, (), channels)
+    if meta is None or meta.images_source is None:
+        return None
+    found = load_part(meta.images_source, meta.part, channels)
+    place = {path: index for index, path in enumerate(found.paths)}
+    if not all(path in place for path in embeddings.paths):
+        return None
+    return found.select([place[path] for path in embeddings.paths])
+
+
+def load_part(source: str, part: str, channels: int) -> Images:
+    """The training or the test images of a folder or named data set, files undecoded and unreadable ones left out.
+
+    Raises:
+        ValueError: there are no such images.
+    """
+    settings = {"source": source, "channels": channels, "memory": STREAMED, "max_bad": 1.0}
+    splits = load_data(DataConfig.model_validate(settings))
+    if part not in ("train", "test"):
+        raise ValueError(f"part is {part!r}; expected train or test")
+    images = splits.train if part == "train" else splits.test
+    if images is None:
+        raise ValueError(f"{source} has no test images; expected a folder with train/ and test/, or leave out --part")
+    return images
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part in computing embeddings."""
+    found = {}
+    for name in ("moco-ssl", "torch", "torchvision", "torchcodec", "timm", "numpy", "pillow"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,207 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco.checkpoint import save_encoder
+from moco.embed import embed_to
+from moco.encoder import ImageEncoder, build_backbone
+from moco.figures import save
+from moco.search import answer, ask, picture, search
+from moco.vectors import Embeddings
+from test_vectors import encoder, noise
+from test_vectors import picture as save_picture
+
+
+def table(vectors: np.ndarray) -> Embeddings:
+    labels = np.arange(len(vectors)) % 3
+    return Embeddings(vectors.astype(np.float32), tuple(f"p{i}" for i in range(len(vectors))), labels, ("a", "b", "c"))
+
+
+def ranking(emb: Embeddings, row: int, k: int, *, farthest: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    vectors = np.asarray(emb.vectors, dtype=np.float64)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarity = unit @ unit[row]
+    order = np.argsort(similarity if farthest else -similarity, kind="stable")
+    order = order[order != row][:k]
+    return order, similarity[order]
+
+
+@pytest.mark.parametrize("farthest", [False, True])
+@pytest.mark.parametrize("k", [1, 20, 299, 5000])
+def test_the_answers_are_those_of_float64(k, farthest):
+    emb = table(np.random.default_rng(0).normal(size=(300, 64)))
+    found = search(emb, [3, 299, 0], k=k, farthest=farthest)
+    for place, row in enumerate((3, 299, 0)):
+        rows, similarities = ranking(emb, row, k, farthest=farthest)
+        np.testing.assert_array_equal(found.rows[place], rows)
+        np.testing.assert_allclose(found.similarities[place], similarities, rtol=0, atol=1e-14)
+    assert found.queries == ("p3", "p299", "p0") and found.paths[1][0] == f"p{found.rows[1, 0]}"
+    assert found.labels is not None and (found.labels == found.rows % 3).all() and found.classes == ("a", "b", "c")
+
+
+def test_answers_that_float32_cannot_tell_apart_are_in_float64s_order():
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(1, 512)) + 1e-4 * random.normal(size=(800, 512))
+    found = search(table(vectors), 0, k=20)
+    np.testing.assert_array_equal(found.rows[0], ranking(table(vectors), 0, 20)[0])
+
+
+def test_of_equal_answers_the_first_rows_come_first():
+    found = search(table(np.ones((50, 4))), 20, k=30)
+    assert found.rows[0].tolist() == [row for row in range(50) if row != 20][:30]
+
+
+def test_vectors_that_are_no_numbers_are_an_error():
+    vectors = np.random.default_rng(0).normal(size=(50, 4))
+    vectors[17] = np.nan
+    with pytest.raises(ValueError, match="the vector of a query or of row 17 is not finite"):
+        search(table(vectors), 0)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for seed in range(12):
+        save_picture(folder / "in" / ("cats" if seed < 5 else "dogs") / f"{seed:02}.png", seed, (30 + seed, 20))
+    save_picture(folder / "new.png", 100, (16, 40))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    network = build_backbone("resnet-tiny", stem="small")
+    about: dict[str, Any] = {"channels": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": 16}
+    folder = tmp_path_factory.mktemp("run")
+    save_encoder(folder, ImageEncoder(network, name="resnet-tiny", stem="small", **about).eval())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("emb")
+    embed_to(out, run, photos / "in", precision="fp32", accelerator="cpu")
+    return out
+
+
+def test_a_new_image_is_embedded_by_the_encoder_that_the_table_names(folder, run, photos):
+    found = search(folder, photos / "new.png", k=4)
+    emb = embed_to(folder, run, photos / "in", precision="fp32", accelerator="cpu")
+    assert emb.encoder is not None
+    with Image.open(photos / "new.png") as image:
+        query = emb.encoder(emb.encoder.preprocess([image])).numpy().astype(np.float64)[0]
+    unit = emb.vectors / np.linalg.norm(emb.vectors, axis=1, keepdims=True)
+    similarity = unit @ (query / np.linalg.norm(query))
+    assert found.rows[0].tolist() == np.argsort(-similarity)[:4].tolist()
+    np.testing.assert_allclose(found.similarities[0], np.sort(similarity)[::-1][:4], atol=1e-5)
+    assert found.queries == (str(photos / "new.png"),)
+
+
+def test_a_picture_an_array_and_a_tensor_are_asked_about_like_the_file(folder, photos):
+    want = search(folder, str(photos / "new.png"), k=12)
+    with Image.open(photos / "new.png") as image:
+        array = np.array(image)
+        for same in (image, array, [image], torch.from_numpy(array).movedim(2, 0)):
+            found = search(folder, same, k=12)
+            assert found.rows.tolist() == want.rows.tolist() and found.queries == ("query 0",)
+            np.testing.assert_allclose(found.similarities, want.similarities, atol=1e-6)
+        several = search(folder, [photos / "new.png", 3, image], k=12)
+    assert several.rows.shape == (3, 11)  # row 3 is not among its own answers
+    assert several.rows[0].tolist() == several.rows[2].tolist() == want.rows[0, :11].tolist()
+
+
+def test_a_file_of_the_table_is_its_row(folder, photos, monkeypatch):
+    monkeypatch.chdir(photos / "in")
+    row = 7
+    for query in (photos / "in" / "dogs" / "07.png", "dogs/07.png", Path("dogs/07.png"), np.int64(7), np.array([7])):
+        found = search(folder, query, k=11)
+        assert found.rows.tolist() == search(folder, row, k=11).rows.tolist() and row not in found.rows
+
+
+def test_a_query_that_cannot_be_read_is_named(folder, tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    for name in ("cut.png", "none.png"):
+        with pytest.raises(ValueError, match=f"{name}' cannot be read as an image"):
+            search(folder, tmp_path / name)
+
+
+@pytest.mark.parametrize("row", [-1, 12])
+def test_a_row_that_is_not_there_is_refused(row, folder):
+    with pytest.raises(ValueError, match=f"row {row} was asked for; expected 0 to 11"):
+        search(folder, row)
+
+
+def test_no_query_and_no_answers_are_refused(folder):
+    with pytest.raises(ValueError, match="there is no query; expected an image file"):
+        search(folder, [])
+    with pytest.raises(ValueError, match="k is 0; expected at least 1"):
+        search(folder, 1, k=0)
+
+
+def test_an_encoder_that_was_trained_on_is_refused(run, photos, tmp_path):
+    from moco import load_encoder
+
+    own = tmp_path / "run"
+    own.mkdir()
+    save_encoder(own, load_encoder(run))
+    embed_to(tmp_path / "emb", own, photos / "in", accelerator="cpu")
+    other = load_encoder(run)
+    next(other.parameters()).data.mul_(1.01)
+    save_encoder(own, other)
+    with pytest.raises(ValueError, match="is not what .*emb was embedded with .its hash differs") as error:
+        search(tmp_path / "emb", photos / "new.png")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="the encoder is not what .*emb was embedded with"):
+        search(tmp_path / "emb", photos / "new.png", encoder=other)
+    assert search(tmp_path / "emb", photos / "new.png", encoder=run).rows.shape == (1, 10)  # the same, elsewhere
+    assert search(tmp_path / "emb", 0).rows.shape == (1, 10)  # needs none
+    (own / "config.json").unlink()
+    with pytest.raises(ValueError, match="was embedded with .*run, which is not there any more .*give the encoder"):
+        search(tmp_path / "emb", photos / "new.png")
+
+
+def test_embeddings_in_memory_search_with_their_encoder_or_ask_for_it():
+    import moco
+
+    network, images = encoder(), noise(20)
+    emb = moco.embed(network, images, precision="fp32")
+    assert search(emb, images[4], k=1).rows.tolist() == [[4]]
+    with pytest.raises(ValueError, match="do not say what encoder computed them; give it as encoder"):
+        search(table(np.eye(9)), images[4])
+    with pytest.raises(ValueError, match="the encoder gives 6 features, these embeddings have 9"):
+        search(table(np.eye(9)), images[4], encoder=network)
+
+
+def test_the_picture_shows_the_query_and_both_ends_with_class_and_score_in_their_proportions(folder, photos, tmp_path):
+    from moco.vectors import load
+
+    emb = load(folder)
+    asked = ask(emb, [photos / "new.png", 7])
+    figure = picture(emb, asked, shown=3)
+    titles = [axes.get_title() for axes in figure.axes]
+    near, far = (answer(emb, asked, k=3, farthest=farthest) for farthest in (False, True))
+    assert near.labels is not None and emb.classes is not None
+    for query, name in enumerate(("new.png", "dogs")):
+        want = [name]
+        for found in (near, far):
+            assert found.labels is not None
+            pairs = zip(found.labels[query], found.similarities[query], strict=True)
+            want += [f"{emb.classes[label]} {similarity:.2f}" for label, similarity in pairs]
+        assert titles[7 * query : 7 * query + 7] == want
+    shapes = [np.asarray(axes.images[0].get_array()).shape[:2] for axes in figure.axes]
+    assert shapes[0] == (16, 40) and shapes[7] == (37, 20)
+    for axes in figure.axes:
+        assert axes.get_aspect() == 1
+    save(figure, tmp_path / "search.png")
+    with Image.open(tmp_path / "search.png") as image:
+        assert image.size[0] > 700
+
+
+def test_images_that_are_gone_are_grey_in_the_picture():
+    figure = picture(table(np.eye(9)), ask(table(np.eye(9)), 4), shown=2)
+    assert len(figure.axes) == 5
+    assert all((np.asarray(axes.images[0].get_array()) == 128).all() for axes in figure.axes)
