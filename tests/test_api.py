@@ -11,12 +11,13 @@ from PIL import Image
 
 import moco
 from moco.auto import auto_config
-from moco.config import DataConfig, fields, load_recipe, to_yaml
+from moco.config import DataConfig, fields, to_yaml
 from moco.data import ArrayImages, FileImages, Splits
+from moco.recipes import load_recipe
 
 NAMES = [
     "Embeddings", "KeyQueue", "LARS", "PretrainConfig", "Run", "SplitBatchNorm2d", "TwoViews", "create_model", "embed",
-    "evaluate", "info_nce", "knn", "load_encoder", "pretrain",
+    "evaluate", "export", "info_nce", "knn", "linear", "load_encoder", "pretrain",
 ]  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_every_public_name_is_there_and_documented(name):
     assert inspect.getdoc(thing)
 
 
-@pytest.mark.parametrize("name", ["embed", "evaluate", "pretrain"])
+@pytest.mark.parametrize("name", ["embed", "evaluate", "export", "pretrain"])
 def test_functions_stay_functions_after_the_files_of_their_names_are_imported(name):
     module = importlib.import_module(f"moco.{name}")
     assert isinstance(module, ModuleType) and module.__name__ == f"moco.{name}"

@@ -10,7 +10,8 @@ from PIL import Image
 import moco
 from moco.checkpoint import save as save_checkpoint
 from moco.cli import main
-from moco.config import load_recipe, merge
+from moco.config import merge
+from moco.recipes import load_recipe
 from moco.run import Run
 
 CPU = ("--engine.accelerator", "cpu", "--engine.precision", "bf16")
@@ -162,12 +163,14 @@ def test_the_settings_of_a_run_that_were_spoilt_are_named(here: Path, capfd: pyt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "nowhere is no run: it holds no config.yaml"),
+        (["nowhere"], "nowhere does not exist; expected the folder of a run"),
         (["run"], "run has no config.json; expected a run that has finished or made a checkpoint"),
         (["run", "--protocol", "linaer"], "unknown protocol 'linaer': expected one of knn"),
-        (["run", "--k", "0"], "k is 0; expected at least 1 neighbour"),
-        (["run", "--temperature", "0"], "temperature is 0.0; expected more than 0"),
-        (["run", "--temperature", "nan"], "temperature is nan; expected more than 0"),
+        (["run", "--k", "0"], "k is 0; expected greater than 0"),
+        (["run", "--temperature", "0"], "temperature is 0.0; expected greater than 0"),
+        (["run", "--temperature", "nan"], "temperature is nan; expected greater than 0"),
+        (["run", "--labels", "1.5"], "labels is 1.5; expected less than or equal to 1"),
+        (["run", "--temprature", "1"], "Did you mean --temperature?"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from moco.cli import main
-from moco.config import PretrainConfig, fields, load_recipe, merge, parse_config, recipe_names, recipe_text, to_yaml
+from moco.config import PretrainConfig, fields, merge, parse_config, to_yaml
+from moco.recipes import load_recipe, recipe_names, recipe_text
 
 MOCO = [sys.executable, "-c", "import sys; from moco.cli import main; sys.exit(main())"]
 RESULTS = {
@@ -58,9 +59,17 @@ class Library:
         config = load_recipe("cifar10-laptop")
         return config.model_copy(update={"recipe": "auto", "data": data}), ["resnet18, because the images are small"]
 
-    def evaluate(self, run, protocol, *, data=None, k=None, temperature=None):
-        self.given = {"run": run, "protocol": protocol, "data": data, "k": k, "temperature": temperature}
-        return {"features top1": 81.25}
+    def evaluate(self, source, protocol, *, data, backbone, out, settings, on_progress):
+        self.given = {"source": source, "protocol": protocol, "data": data, "backbone": backbone, "out": out}
+        self.given |= settings.model_dump(exclude_unset=True)
+        on_progress("epochs", 1, 2)
+        return types.SimpleNamespace(
+            name=protocol,
+            figures={"top1": 81.25, "rank": 3.14159},
+            per_class={"cat": 70.0, "dog": 92.5},
+            notes=("two classes only",),
+            folder=Path("runs/x/evaluations"),
+        )
 
 
 @pytest.fixture
@@ -212,7 +221,7 @@ def test_data_with_a_recipe_keeps_the_recipe(library: Library) -> None:
         (["pretrain", "--recipe", "digits"], "Unknown option: --recipe"),
         (["pretrain", "digits", "--batch_size", "100000"], "raise --model.queue_size or lower --batch_size"),
         (["pretrain", "--model.variant", "v3"], "--model.queue_size 0"),
-        (["recipes", "imagenet"], "no recipe 'imagenet'; expected one of cifar10"),
+        (["recipes", "imagenet"], "no recipe 'imagenet'; did you mean imagenet-v2?; expected one of cifar10"),
         (["recipes", "imagenet", "--json"], "no recipe 'imagenet'"),
         (["evaluate"], "requires an argument"),
         (["doctor", "imagenet"], "no recipe 'imagenet'"),
@@ -460,15 +469,19 @@ sys.exit(main(["pretrain"]))
 
 
 def test_evaluate_passes_on_what_was_given(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "runs/x", "--data", "cifar10", "--k", "20", "--temperature", "0.5", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"features top1": 81.25}
-    given = {"run": Path("runs/x"), "protocol": "knn", "data": "cifar10", "k": 20, "temperature": 0.5}
-    assert library.given == given
+    flags = ["--data", "cifar10", "--k", "20", "--temperature", "0.5", "--layer-decay", "0.75", "--from_scratch"]
+    assert main(["evaluate", "runs/x", "--out", "there", *flags, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["figures"] == {"top1": 81.25, "rank": 3.14159} and printed["per_class"]["dog"] == 92.5
+    given = {"source": "runs/x", "protocol": "knn", "data": "cifar10", "backbone": None, "out": Path("there")}
+    assert library.given == given | {"k": 20, "temperature": 0.5, "layer_decay": 0.75, "from_scratch": True}
 
 
 def test_evaluate_prints_a_table(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "runs/x"]) == 0
-    assert re.search(r"features top1.*81\.25", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"top1.*81\.25", out) and re.search(r"rank.*3\.142", out) and re.search(r"dog.*92\.5", out)
+    assert "two classes only" in out and "runs/x/evaluations/knn.json and .png" in out
 
 
 def test_recipes_lists_each_with_what_to_expect(capsys: pytest.CaptureFixture[str]) -> None:

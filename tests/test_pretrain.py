@@ -38,8 +38,8 @@ class Pixels(nn.Module):
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds, and have tests of their own."""
     module = importlib.import_module("moco.pretrain")
-    monkeypatch.setattr(module, "draw_curves", lambda run: None)
-    monkeypatch.setattr(module, "draw_neighbours", lambda run, monitor, images: None)
+    for name in ("draw_results", "draw_views", "refresh", "report"):
+        monkeypatch.setattr(module, name, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -260,7 +260,7 @@ def test_a_finished_run_continued_stays_as_it_is(undisturbed: Path, tmp_path: Pa
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moco.config import load_recipe
+    from moco.recipes import load_recipe
 
     run = Run.create(tmp_path / "run", load_recipe(str(recipe(tmp_path, {}))))
     assert main(["pretrain", "--resume", str(run.path)]) == 2

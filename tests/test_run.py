@@ -11,10 +11,11 @@ from PIL import Image
 
 import moco
 from moco.cli import main
-from moco.config import load_recipe, parse_config
+from moco.config import parse_config
 from moco.data import load_data
 from moco.encoder import build_backbone
 from moco.monitor import COLUMNS
+from moco.recipes import load_recipe
 from moco.run import MetricsWriter, Run
 from small import TINY
 
@@ -35,6 +36,11 @@ def test_a_finished_run_is_complete(run: Run) -> None:
         "results.json",
         "curves.png",
         "neighbours.png",
+        "neighbours.svg",
+        "views.svg",
+        "map.svg",
+        "similarities.svg",
+        "report.html",
         "checkpoints/last.ckpt",
         "checkpoints/best.ckpt",
         "encoder.safetensors",
@@ -114,11 +120,11 @@ def test_it_says_how_it_wants_its_images_and_makes_them_so(run: Run) -> None:
 
 def test_evaluating_a_run_gives_the_result_it_ended_with(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run.path), "--protocol", "knn", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["knn_top1"] == run.results["trained encoder"]["knn_top1"]
+    assert json.loads(capsys.readouterr().out)["figures"]["top1"] == run.results["trained encoder"]["knn_top1"]
 
 
 def test_a_stranger_to_the_protocols_is_told_them(run: Run) -> None:
-    with pytest.raises(ValueError, match="^unknown protocol 'kn': expected one of knn; did you mean 'knn'"):
+    with pytest.raises(ValueError, match="^unknown protocol 'kn': expected one of knn.*; did you mean 'knn'"):
         moco.evaluate(run.path, "kn")
 
 
@@ -150,7 +156,7 @@ def test_without_labels_there_is_no_best_and_no_accuracy(flat: Run, capsys: pyte
 def test_knn_of_a_run_without_labels_is_refused(flat: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(flat.path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("moco: these images have no labels, which kNN needs") and error.count("\n") == 1
+    assert error.startswith("moco: these images have no labels, which this protocol needs") and error.count("\n") == 1
 
 
 # The table

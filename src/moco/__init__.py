@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from moco.config import PretrainConfig
     from moco.embed import Embeddings, embed
     from moco.evaluate import evaluate, knn
+    from moco.evaluate.probe import linear
+    from moco.export import export
     from moco.model import KeyQueue, info_nce
     from moco.optim import LARS
     from moco.pretrain import pretrain
@@ -32,8 +34,10 @@ _WHERE = {
     "create_model": "moco.variants",
     "embed": "moco.embed",
     "evaluate": "moco.evaluate",
+    "export": "moco.export",
     "info_nce": "moco.model",
     "knn": "moco.evaluate",
+    "linear": "moco.evaluate.probe",
     "load_encoder": "moco.checkpoint",
     "pretrain": "moco.pretrain",
 }
@@ -48,8 +52,10 @@ __all__ = [  # noqa: PLE0604
     "create_model",
     "embed",
     "evaluate",
+    "export",
     "info_nce",
     "knn",
+    "linear",
     "load_encoder",
     "pretrain",
 ]

@@ -10,42 +10,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, Group, Parameter
-from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliTokensError
-from pydantic import BaseModel, ValidationError
+from cyclopts import App, Parameter
+from cyclopts.exceptions import CycloptsError
 
 from moco import config as settings
-from moco.config import PretrainConfig
-from moco.console import heard, print_table, progress, report, say, stderr
+from moco.config import EvaluateConfig, PretrainConfig
+from moco.console import heard, print_table, progress, report_evaluation, report_run, say, stderr, working
+from moco.flags import explained, flags_of, spelled
+from moco.recipes import load_recipe, recipe_names, recipe_record, recipe_text
 
 # What may differ when a run is continued: where and how often, never what is computed.
 CONTINUABLE = ("steps", "data.source", "data.workers", "monitor.save_every", "engine.accelerator", "engine.threads")
 
 
-def _flags(section: type[BaseModel], prefix: str = "") -> Any:
-    """The section as flags: the same names, types and help, and only those that are given are there.
-
-    A TypedDict and no pydantic model: the parser would read pydantic's own source for help, half a second of it.
-    """
-    fields: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        dotted = prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            group = Group(f"{dotted}: {(field.annotation.__doc__ or '').rstrip('.')}", sort_key=len(fields))
-            inner = _flags(field.annotation, f"{dotted}.")
-            fields[name] = Annotated[inner, Parameter(group=group)]  # ty: ignore[invalid-type-form]
-        elif dotted != "recipe":
-            names = [f"--{dotted}", "--data"] if dotted == "data.source" else None
-            fields[name] = Annotated[field.annotation, Parameter(name=names, help=field.description)]
-    return TypedDict(section.__name__, fields, total=False)  # ty: ignore[invalid-argument-type]
-
-
 if TYPE_CHECKING:
-    Flags = dict[str, Any]
+    Flags = EvaluationFlags = dict[str, Any]
 else:
-    Flags = _flags(PretrainConfig)
+    Flags, EvaluationFlags = flags_of(PretrainConfig), flags_of(EvaluateConfig)
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 
 
@@ -88,13 +71,17 @@ def pretrain(
     Args:
         recipe: A name that `moco recipes` lists, or a YAML file.
         out: Folder of the run; it must not exist yet.
-        resume: Folder of a run that was stopped or killed: continue it from its last checkpoint.
+        resume: Folder of a run that was stopped or killed: continue it from its last checkpoint. Or, with a recipe, a
+            training checkpoint of the official code.
         print_config: Print every setting in force as YAML, and train nothing.
         flags: Settings that overrule the recipe.
         as_json: Print the results as JSON.
     """
     given = flags or {}
-    config = _resumed(resume, recipe, out, given) if resume else _chosen(recipe, given)
+    if resume and resume.is_file() and recipe is None:
+        raise ValueError(f"{resume} does not hold the settings it was trained with; name the recipe too")
+    continued = resume is not None and not resume.is_file()
+    config = _resumed(resume, recipe, out, given) if resume and continued else _chosen(recipe, given)
     if print_config:
         print(settings.to_yaml(config), end="")
         return
@@ -111,39 +98,93 @@ def pretrain(
     if as_json:
         print(json.dumps({"run": str(run.path), "results": run.results}, indent=2))
     else:
-        report(run.path, run.results)
+        report_run(run.path, run.results)
 
 
 @app.command
 def evaluate(
-    run: Path,
+    source: str,
     /,
     *,
     protocol: str = "knn",
     data: str | None = None,
-    k: int | None = None,
-    temperature: float | None = None,
+    backbone: str | None = None,
+    out: Path | None = None,
     as_json: Json = False,
+    flags: Annotated[EvaluationFlags | None, Parameter(name="*")] = None,
 ) -> None:
-    """Measure how good a trained encoder is.
+    """Measure how good an encoder is.
+
+    The figures, accuracies by class and a picture of what is taken for what go into `evaluations/` of the run.
 
     Args:
-        run: Folder of a run.
-        protocol: `knn`: weighted vote of the nearest training images.
-        data: Images to evaluate on, with labels; not given: those that the run was trained on.
-        k: Neighbours that vote; not given: as in the run.
-        temperature: A neighbour's vote is exp(similarity / temperature); not given: as in the run.
+        source: Folder of a run, or a checkpoint of anybody's.
+        protocol: `knn`, `linear`, `finetune`, or `health`, which needs no labels.
+        data: Images to evaluate on; not given: those that the run was trained on.
+        backbone: The network, where a foreign checkpoint does not say which it is.
+        out: Folder for the results, in place of the run's.
+        flags: Settings of the protocol.
         as_json: Print the results as JSON.
     """
+    given = settings.parse_evaluation(dict(flags or {}))  # a wrong value is answered before torch is loaded
     from moco.evaluate import evaluate as measure
 
-    results = measure(run, protocol, data=data, k=k, temperature=temperature)
+    with working(stderr()) as show:
+        found = measure(source, protocol, data=data, backbone=backbone, out=out, settings=given, on_progress=show)
     if as_json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps({"figures": found.figures, "per_class": found.per_class, "notes": found.notes}, indent=2))
     else:
-        print_table(
-            f"{protocol} of {run}", ("measure", ""), ((name, f"{value:.2f}") for name, value in results.items())
+        written = found.folder / found.name if found.folder else None
+        report_evaluation(f"{found.name} of {source}", found.figures, found.per_class, found.notes, written)
+
+
+@app.command
+def export(
+    source: str,
+    /,
+    *,
+    format: str = "timm",
+    backbone: str | None = None,
+    out: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Write an encoder as another program wants it; it is loaded there and compared before this says done.
+
+    Args:
+        source: Folder of a run, or a checkpoint of anybody's.
+        format: `timm`, `torchvision`, `safetensors`, `onnx`, `detectron2` or `official`.
+        backbone: The network, where a foreign checkpoint does not say which it is.
+        out: Folder to write, which must not exist yet; not given: `exports/FORMAT` of the run.
+        as_json: Print where it is as JSON.
+    """
+    if out is None and not (Path(source) / "config.yaml").is_file():
+        raise ValueError(f"{source} is not the folder of a run; say with --out where to write the export")
+    from moco.checkpoint import load_encoder
+    from moco.export import export as write
+
+    encoder = load_encoder(source, backbone=backbone) if backbone else source
+    where = write(encoder, out or Path(source) / "exports" / format, format=format)
+    if as_json:
+        print(json.dumps({"folder": str(where)} | json.loads((where / "export.json").read_text()), indent=2))
+    else:
+        print(
+            f"{where} holds the encoder for {format}; it gives the same features there. README.md says how to load it."
         )
+
+
+@app.command
+def report(runs: list[Path], /, *, out: Path | None = None, as_json: Json = False) -> None:
+    """Write a run as one HTML page, or several side by side.
+
+    Args:
+        runs: Folders of runs.
+        out: The file; not given: `report.html` of the run, or `comparison.html` here.
+        as_json: Print where it is as JSON.
+    """
+    from moco.explore import report as pages
+
+    path = pages.report(runs[0], out) if len(runs) == 1 else pages.compare(runs, out or "comparison.html")
+    print(json.dumps({"report": str(path)}) if as_json else path)
 
 
 @app.command
@@ -155,20 +196,20 @@ def recipes(name: str | None = None, /, *, as_json: Json = False) -> None:
         as_json: Print as JSON.
     """
     if name and not as_json:
-        print(settings.recipe_text(name), end="")
+        print(recipe_text(name), end="")
         return
-    records = [{"name": each, **settings.recipe_record(each)} for each in ([name] if name else settings.recipe_names())]
+    records = [{"name": each, **recipe_record(each)} for each in ([name] if name else recipe_names())]
     if name:
-        print(json.dumps(records[0] | {"config": settings.load_recipe(name).model_dump(mode="json")}, indent=2))
+        print(json.dumps(records[0] | {"config": load_recipe(name).model_dump(mode="json")}, indent=2))
     elif as_json:
         print(json.dumps(records, indent=2))
     else:
-        told = ("expected", "cost", "source")
-        rows = (
-            (record["name"], "\n".join([record["about"], *(f"{key}: {record[key]}" for key in told)]))
-            for record in records
-        )
-        print_table("", ("recipe", "what it is, what to expect, what it costs, where it is from"), rows, lines=True)
+        # What a header says up to the first semicolon is short enough for a line.
+        told = ("about", "expected", "cost", "source")
+        rows = ([record["name"], *(record[key].partition(";")[0] for key in told)] for record in records)
+        print_table("", ("recipe", "what it trains", "expected", "cost", "from"), rows)
+        run = [record["name"] for record in records if "not yet run here" not in record["expected"]]
+        print(f"Measured here: {', '.join(run)}. All others as published, not yet run here.")
         print("moco recipes NAME prints one in full; moco pretrain NAME trains it.")
 
 
@@ -181,7 +222,7 @@ def doctor(recipe: str | None = None, /, *, as_json: Json = False) -> None:
         as_json: Print as JSON.
     """
     if recipe:
-        settings.load_recipe(recipe)  # a wrong name is answered before torch is loaded
+        load_recipe(recipe)  # a wrong name is answered before torch is loaded
     from moco.doctor import examine
 
     rows = examine(recipe)
@@ -189,6 +230,13 @@ def doctor(recipe: str | None = None, /, *, as_json: Json = False) -> None:
         print(json.dumps([row._asdict() for row in rows], indent=2))
     else:
         print_table("", ("", "value", "note"), rows)
+
+
+def _refused(error: Exception, code: int) -> int:
+    if os.environ.get("MOCO_TRACEBACK") == "1":
+        raise error
+    say(f"moco: {explained(error)}")
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A core that waits for another spins for some microseconds, then gives way: without this, training beside other
     # programs stalls; without spinning it takes half as long again (results/LOG.md). Said before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    tokens = _spelled(list(sys.argv[1:] if arguments is None else arguments))
+    tokens = spelled(list(sys.argv[1:] if arguments is None else arguments))
     with heard():
         try:
             app(tokens, exit_on_error=False, print_error=False, verbose=False)
@@ -224,48 +272,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _refused(error, 1)
 
 
-def _refused(error: BaseException, code: int) -> int:
-    if os.environ.get("MOCO_TRACEBACK") == "1":
-        raise error
-    text, flag = str(error), ""
-    if isinstance(error, CycloptsError) and isinstance(error.__cause__, ValidationError):
-        # The parser has some values checked one by one: pydantic then does not know whose they are.
-        flag = error.argument.name.lstrip("-") if error.argument and not error.__cause__.errors()[0]["loc"] else ""
-        error = error.__cause__
-    if isinstance(error, ValidationError):
-        text = flag + settings.explain(error)
-    elif isinstance(error, UnknownOptionError) and "." in (
-        flag := (error.token.keyword or error.token.value)[2:].partition("=")[0]
-    ):
-        text = f"--{flag} is not a setting{settings.closest(flag, list(settings.fields())).replace('mean ', 'mean --')}"
-    elif isinstance(error, UnusedCliTokensError):
-        text = f"unexpected {' '.join(error.unused_tokens or ())}; `moco VERB --help` shows what a verb takes"
-    elif isinstance(error, OSError) and error.strerror:
-        text = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
-    elif isinstance(error, RuntimeError | ImportError | MemoryError):
-        text = f"{text or type(error).__name__} (MOCO_TRACEBACK=1 shows where)"
-    say(f"moco: {' '.join(text.split())}")
-    return code
-
-
-def _spelled(tokens: list[str]) -> list[str]:
-    """`pretrain`'s tokens as the parser wants them: `--data X`, hyphens for underscores, `--model.symmetric false`."""
-    if tokens[:1] != ["pretrain"]:
-        return tokens
-    hints = {name: field.annotation for name, field in settings.fields().items()} | {"print_config": None}
-    result: list[str] = []
-    for token in tokens:
-        last = result[-1][2:] if result and result[-1].startswith("--") else ""
-        if token.lower() in ("true", "false", "none", "null") and bool in (hints.get(last), *get_args(hints.get(last))):
-            result[-1] += "=" + token.lower().replace("none", "null")
-            continue
-        flag, equals, value = token.partition("=")
-        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
-        name = "data.source" if name == "data" else name
-        result.append(f"--{name}{equals}{value}" if name in hints else token)
-    return result
-
-
 def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
     """The recipe, or what suits the images, with the given flags on top."""
     if recipe is None and "source" in given.get("data", {}):
@@ -275,7 +281,7 @@ def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
         for reason in reasons:
             say(reason)
     else:
-        config = settings.load_recipe(recipe or "digits")
+        config = load_recipe(recipe or "digits")
     return settings.merge(config, given)
 
 

@@ -7,13 +7,20 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+
 Progress = tuple[int, int, int, dict[str, float]]
 """As `moco.pretrain.Progress`: step, steps in all, epoch, metrics."""
+MAX_CLASSES = 20
+"""Classes whose accuracies are all told."""
 LINE_EVERY = 10.0  # seconds between progress lines where no bar can be drawn
 SHOWN = (  # metric, how it is said
     ("loss", "loss {:.3f}"),
@@ -55,6 +62,52 @@ def progress(console: Console) -> Generator[Callable[[Progress], None]]:
         yield show
 
 
+@contextmanager
+def working(console: Console) -> Generator[Callable[[str, int, int], None]]:
+    """The same for work that is a number of parts after each other, each with a name of its own."""
+    if not console.is_terminal:
+        yield _parts(console)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        expand=True,
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(_clean(what), total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    with bar:
+        yield show
+
+
+def _parts(console: Console) -> Callable[[str, int, int], None]:
+    began: dict[str, tuple[float, int]] = {}
+    last = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        since, first = began.setdefault(what, (now, done))
+        if now - last < LINE_EVERY:
+            return
+        last = now
+        left = f", {(now - since) / (done - first) * (total - done):.0f} s left" if done > first else ""
+        say(f"{what}: {done}/{total}{left}", console)
+
+    return show
+
+
 def _lines(console: Console) -> Callable[[Progress], None]:
     began: tuple[float, int] | None = None
     last = -LINE_EVERY
@@ -76,7 +129,7 @@ def _said(metrics: dict[str, float]) -> str:
     return ", ".join(form.format(metrics[name]) for name, form in SHOWN if name in metrics)
 
 
-def report(run: Path, results: dict[str, dict[str, float]]) -> None:
+def report_run(run: Path, results: dict[str, dict[str, float]]) -> None:
     """What came out, where it lies and what to try next."""
     console = _stdout()
     headings = {
@@ -101,6 +154,23 @@ def report(run: Path, results: dict[str, dict[str, float]]) -> None:
     say(f"  moco evaluate {where} --protocol knn", console)
     say(f"  in Python: encoder = moco.load_encoder({str(run)!r})", console)
     say("  moco pretrain --data FOLDER_OF_YOUR_IMAGES", console)
+
+
+def report_evaluation(
+    title: str, figures: dict[str, float], per_class: dict[str, float], notes: Sequence[str], written: Path | None
+) -> None:
+    """Figures, classes and remarks of a protocol, and where they were written, without suffix."""
+    rows = [(name, f"{value:.4g}" if abs(value) < 10 else f"{value:.2f}") for name, value in figures.items()]
+    print_table(title, ("measure", ""), rows)
+    if 1 < len(per_class) <= MAX_CLASSES:
+        print_table("by class, % right", ("class", ""), [(name, f"{v:.1f}") for name, v in per_class.items()])
+    elif per_class:
+        worst = sorted(per_class.items(), key=lambda item: item[1])[:5]
+        say(f"Hardest classes: {', '.join(f'{name} {value:.1f} %' for name, value in worst)}.", _stdout())
+    for note in notes:
+        say(note, _stdout())
+    if written:
+        say(f"Written to {written}.json{' and .png' if per_class else ''}.", _stdout())
 
 
 @contextmanager

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from moco.config import DataConfig, PretrainConfig, load_recipe
+from moco.config import DataConfig, PretrainConfig
 from moco.data.datasets import cifar_folder
 from moco.data.folder import SUFFIXES
+from moco.recipes import load_recipe
 from moco.variants import build_model
 
 # Training images of the sets that have a name; `digits` keeps the last fifth of each class for testing.
-NAMED = {"digits": 1442, "cifar10": 50_000, "cifar100": 50_000}
+NAMED = {"digits": 1442, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
 # Numbers that an optimizer keeps per weight, besides the weight and its gradient.
 STATE = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}
 

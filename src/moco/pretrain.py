@@ -15,11 +15,14 @@ from moco import checkpoint, dist
 from moco.auto import auto_config
 from moco.batchnorm import average_running_statistics
 from moco.briefing import briefing, cautions, environment
-from moco.config import DataConfig, PretrainConfig, load_recipe, merge
+from moco.config import DataConfig, PretrainConfig, merge
 from moco.data import GIVEN, Splits, as_images, load_data
 from moco.engine import Stopped, StopSignal, build_fabric, resolve
-from moco.monitor import COLUMNS, draw_curves, draw_neighbours
+from moco.explore.report import refresh, report
+from moco.monitor import COLUMNS
 from moco.optim import resolved_lr
+from moco.pictures import draw_results, draw_views
+from moco.recipes import load_recipe
 from moco.run import MetricsWriter, Run
 from moco.training import Training, prepare
 
@@ -52,32 +55,41 @@ def pretrain(
         config: a recipe's name, a YAML file or the settings; not given: chosen from `data`, or `digits`.
         out: folder of the run; not given: `runs/` and the recipe's name.
         data: in place of the recipe's images: name or folder, uint8 tensor or array, list of PIL images, Dataset.
-        resume: folder of a run to continue from its last checkpoint, to the same bits as if it had never stopped.
+        resume: folder of a run to continue from its last checkpoint, to the same bits as if it had never stopped; or a
+            training checkpoint of the official code, which a new run goes on from by the settings of `config`.
         on_progress: called each time numbers were read from the device.
 
     Returns:
         The finished run.
 
     Raises:
-        ValueError: settings that do not fit each other or the images, or a run to resume that names code of somebody's;
-            nothing has been written.
+        ValueError: settings that do not fit each other or the images, a run to resume that names code of somebody's, or
+            a checkpoint to resume without optimizer or queue; nothing has been written.
         FileExistsError: there is something at `out` already.
         Stopped: SIGTERM or Ctrl-C; everything is saved, and `resume` continues.
 
     Example:
         >>> run = moco.pretrain("digits", out="runs/first")                                  # doctest: +SKIP
     """
-    earlier = None if resume is None else Run.open(resume)
+    file = Path(resume) if resume is not None and Path(resume).is_file() else None
+    earlier = None if resume is None or file else Run.open(resume)
+    if file and file.parent.name == "checkpoints" and (whole := file.parent.parent / "config.yaml").is_file():
+        raise ValueError(f"{file} is of a run, which goes on as a whole: give its folder, --resume {whole.parent}")
+    if file and config is None:
+        raise ValueError(f"{file} does not hold the settings it was trained with; name the recipe too")
     config = _settings(config, data, earlier)
     path = earlier.path if earlier else Path(out) if out else _free_folder(config)
     if earlier is None:
         Run.refuse_taken(path)
     state = checkpoint.load(earlier.last) if earlier else None
+    source = checkpoint.read_any(file, backbone=config.model.backbone) if file else None
     fabric = build_fabric(config.engine, config.monitor.loggers, path)
     splits = _images(config, data)
-    training = prepare(config, splits, fabric)
+    training = prepare(config, splits, fabric, fresh=resume is None)
     if earlier and state:
         training.restore(state, earlier.last)
+    if source and file:
+        training.adopt(source, file)
     run = earlier or (Run.create(path, config) if dist.rank() == 0 else Run(path, config))
     if earlier and dist.rank() == 0:
         earlier.remove_partial()
@@ -85,7 +97,7 @@ def pretrain(
         if earlier:
             log.info("continued at step %d of %d", training.done, training.total)
         else:
-            _introduce(training, run)
+            _introduce(training, run, splits)
         table = MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=training.done, active=dist.rank() == 0)
         with closing(table) as metrics:
             if earlier is None:
@@ -93,8 +105,9 @@ def pretrain(
             _train(training, run, metrics, signals, on_progress or (lambda progress: None))
         if dist.rank() == 0:
             run.write_json("results.json", run.results | {"trained encoder": training.monitor.measure()})
-            draw_curves(run)
-            draw_neighbours(run, training.monitor, splits.train)
+            watch = training.monitor
+            draw_results(run, watch.encoder, watch.projector, splits.train, watch.final)
+            report(run)
     return run
 
 
@@ -114,6 +127,9 @@ def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSi
                 metrics.write(row)
                 training.fabric.log_dict({k: v for k, v in row.items() if k not in ("step", "epoch")}, training.done)
                 show(Progress(training.done, training.total, epoch, row))
+                if looks and not finished and dist.rank() == 0:
+                    refresh(run)
+                    training.clock.start()
                 if config.monitor.split == "heldout" and row.get("knn_top1", -1) > training.best:
                     training.best = row["knn_top1"]
                     training.save(run, metrics, run.best)
@@ -145,12 +161,12 @@ def _row(training: Training, *, look: bool) -> dict[str, float]:
     row |= clock.read(training.done, config.batch_size, training.loader.wait_seconds)
     if look:
         average_running_statistics(training.core)
-        row |= training.monitor.knn()
+        row |= training.monitor.look()
         clock.start()
     return row
 
 
-def _introduce(training: Training, run: Run) -> None:
+def _introduce(training: Training, run: Run, splits: Splits) -> None:
     """What is said and measured before the first step."""
     if dist.rank() != 0:
         return
@@ -160,8 +176,13 @@ def _introduce(training: Training, run: Run) -> None:
         log.info(line)
     for line in cautions(config, training.num_images, mask_own=training.mask_own):
         log.warning(line)
+    if training.origin:
+        log.info(training.origin)
     run.write_json("environment.json", environment(training.fabric.device))
-    run.write_json("results.json", {"raw pixels": monitor.measure_pixels(), "untrained encoder": monitor.measure()})
+    start = "encoder at the start" if training.origin else "untrained encoder"
+    run.write_json("results.json", {"raw pixels": monitor.measure_pixels(), start: monitor.measure()})
+    draw_views(run, splits.train)
+    refresh(run)
 
 
 def _settings(config: str | Path | PretrainConfig | None, data: Any, earlier: Run | None) -> PretrainConfig:

@@ -4,7 +4,7 @@ config.yaml           every setting in force
 environment.json      versions and machine
 metrics.csv           one row every few steps
 results.json          raw pixels, untrained and trained encoder, side by side
-curves.png            the metrics, drawn
+report.html           all of this on one page; curves.png, views.svg, neighbours.png and .svg, map.svg, similarities.svg
 checkpoints/last.ckpt everything that training goes on from; best.ckpt: where held-out kNN was best
 encoder.safetensors   the trained backbone, and config.json: how to build and feed it
 log.txt               what was said
@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moco.config import PretrainConfig, load_recipe, to_yaml
+from moco.config import PretrainConfig, to_yaml
+from moco.recipes import load_recipe
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

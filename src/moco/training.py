@@ -9,11 +9,12 @@ from jaxtyping import Shaped
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from moco import checkpoint, dist
+from moco import checkpoint, dist, randomness
 from moco.batchnorm import average_running_statistics
 from moco.config import PretrainConfig
 from moco.data import ArrayImages, Loader, Splits
 from moco.encoder import Encoder, ImageEncoder
+from moco.foreign import QUERY_HEAD, Foreign
 from moco.model import MoCo
 from moco.monitor import Clock, Meter, Monitor, build_monitor, spread
 from moco.optim import build_optimizer, key_momentum, learning_rate, set_lr
@@ -42,6 +43,7 @@ class Training:
     clock: Clock
     done: int = 0
     best: float = -1.0
+    origin: str = ""  # where weights were taken from, in words
     used: tuple[float, float] = (0.0, 0.0)  # learning rate and key momentum of the last step
 
     @property
@@ -97,7 +99,7 @@ class Training:
             "meter": self.meter.state(),
             "clock": self.clock.state(),
             "best": self.best,
-            "random": checkpoint.random_state(),
+            "random": randomness.state(),
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -107,7 +109,66 @@ class Training:
         self.done, self.best = state["step"], state["best"]
         self.meter.restore(state["meter"])
         self.clock.restore(state["clock"])
-        checkpoint.restore_random_state(state["random"])
+        randomness.restore(state["random"])
+
+    def adopt(self, source: Foreign, path: Path) -> None:
+        """Goes on from a training checkpoint of the official code, at the start of its next epoch.
+
+        There the key encoder moves before a step, here after one: it makes that one update now.
+
+        Raises:
+            ValueError: one line: what the file lacks, or where it differs from the settings.
+        """
+        lacks = [
+            what
+            for what, there in (
+                ("optimizer", source.optimizer),
+                ("number of epochs", source.epoch is not None),
+                ("key encoder", source.part("key_encoder.")),
+                ("queue", source.part("queue.") or self.core.queue is None),
+            )
+            if not there
+        ]
+        if lacks:
+            raise ValueError(
+                f"{path} holds no {' and no '.join(lacks)}: as released files do not, it cannot be gone on from; start "
+                f"from its weights with --init_from {path}"
+            )
+        config, epoch = self.config, source.epoch or 0
+        done = epoch * self.loader.steps_per_epoch
+        if done >= self.total:
+            raise ValueError(f"{path} has made {epoch} epochs, which is all of --epochs {config.epochs}; raise it")
+        ours = self.core.state_dict()
+        optional = {n: each for n, each in ours.items() if n.endswith((".num_batches_tracked", "queue.ids"))}
+        checkpoint.load_weights(self.core, optional | source.tensors, path)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": self._adopted_state(source, path)})
+        self.done = done
+        planned = config.epochs * self.loader.steps_per_epoch
+        momentum = key_momentum(config.model.momentum, config.model.momentum_schedule, done, total_steps=planned)
+        none = torch.empty(0, config.model.dim, device=self.fabric.device)
+        self.core.update(none, momentum=momentum)
+        held = source.summary(QUERY_HEAD, "key_encoder.", "predictor.", "queue.")
+        self.origin = f"goes on at step {done} from {path}: {held}"
+
+    def _adopted_state(self, source: Foreign, path: Path) -> dict[int, dict[str, Any]]:
+        """An optimizer's state by the number of the parameter, of those that are trained here."""
+        name, states = self.config.optim.name, source.optimizer or {}
+        kept = ("momentum_buffer",) if name in ("sgd", "lars") else ("step", "exp_avg", "exp_avg_sq")
+        result: dict[int, dict[str, Any]] = {}
+        trained = [(n, each) for n, each in self.core.named_parameters() if each.requires_grad]
+        for number, (parameter, value) in enumerate(trained):
+            state = dict(states.get(parameter, {}))
+            if "mu" in state:  # as the official LARS calls it
+                state["momentum_buffer"] = state.pop("mu")
+            tensors = [state.get(key) for key in kept if key != "step"]
+            fits = all(isinstance(each, Tensor) and each.shape == value.shape for each in tensors)
+            if not fits or not state.keys() >= set(kept):
+                raise ValueError(
+                    f"{path} holds the state of another optimizer: expected {' and '.join(kept)} of {parameter}, found "
+                    f"{' and '.join(state) or 'nothing'}; give the --optim.name it was trained with"
+                )
+            result[number] = {key: state[key] for key in kept}
+        return result
 
     def save(self, run: Run, metrics: MetricsWriter, path: Path) -> None:
         average_running_statistics(self.core)
@@ -133,8 +194,15 @@ def whole(parts: list[Tensor], num_views: int) -> Shaped[Tensor, "m ..."]:
     return torch.stack([part.unflatten(0, shape) for part in parts], dim=2).flatten(0, 3)
 
 
-def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric) -> Training:
-    """Everything a step needs, from the settings and the images; draws the initial weights."""
+def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bool = True) -> Training:
+    """Everything a step needs, from the settings and the images; draws the initial weights.
+
+    Args:
+        config: all of the run.
+        splits: its images.
+        fabric: launched.
+        fresh: false: weights will be restored, so those that the settings start from are not looked for.
+    """
     train = splits.train
     specs = view_specs(config.views)
     views = TwoViews(specs, config.views.size, config.seed)
@@ -149,8 +217,10 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric) -> Training:
         crop=views.crop,
         max_bad=config.data.max_bad,
     )
-    checkpoint.seed_everything(config.seed)
-    core = build_model(config.model, channels=config.data.channels)
+    randomness.seed_everything(config.seed)
+    published = config.model.pretrained and fresh and not config.init_from
+    core = build_model(config.model.model_copy(update={"pretrained": published}), channels=config.data.channels)
+    origin = checkpoint.initialise(core, config) if config.init_from and fresh else ""
     if config.engine.precision == "fp64":
         core = core.double()
     if config.engine.channels_last:
@@ -189,4 +259,5 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric) -> Training:
         total=min(total, config.steps or total),
         meter=Meter(fabric.device),
         clock=Clock(),
+        origin=origin,
     )

@@ -1,0 +1,267 @@
+"""The map of images in a browser, served on this machine.
+
+The server gives out what it was given: three files of its own, and images by their row number. A path never is part
+of an address. Nothing that the page shows comes from elsewhere, and a content security policy keeps it so.
+"""
+
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import re
+import secrets
+import socket
+import socketserver
+import sys
+import tempfile
+import threading
+import webbrowser
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple, final
+from urllib.parse import parse_qs, urlsplit
+
+import torch
+
+from moco.data import BadImage
+from moco.data.decode import decode, quiet_pillow
+from moco.explore.atlas import Atlas, page_data
+from moco.explore.saved import SCRIPTS, read_page
+from moco.explore.thumbnails import large
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+LARGEST_UPLOAD = 32 * 2**20
+"""Bytes of an image to search by."""
+STATIC = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")} | {
+    f"/{name}": (name, "text/javascript") for name in SCRIPTS
+}
+_LOG = logging.getLogger("moco")
+
+
+class Answer(NamedTuple):
+    """Status, media type and body."""
+
+    status: HTTPStatus
+    kind: str
+    body: bytes
+
+
+def serve(atlas: Atlas, *, host: str = "127.0.0.1", port: int = 0) -> "Server":
+    """A server that listens; `.url` is where, `.serve_forever()` answers, and leaving it as a context closes it.
+
+    On anything but loopback a random token, which is in the URL, is asked for.
+
+    Args:
+        atlas: what is shown.
+        host: address of this machine to listen on.
+        port: 0 takes any that is free.
+
+    Raises:
+        ValueError: the port is taken, or the address is not this machine's.
+
+    Example:
+        >>> with serve(open_atlas("emb/")) as server:                                        # doctest: +SKIP
+        ...     print(server.url)
+        ...     server.serve_forever()
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port is {port}; expected 1 to 65535, or 0 for any that is free")
+    try:
+        return Server(atlas, host, port)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host} port {port} ({error.strerror}); give another --port (0: any free one) or --host"
+        ) from None
+
+
+def show(url: str) -> bool:
+    """Opens a browser where there is a screen for one; false where not."""
+    if sys.platform not in ("darwin", "win32") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return False  # a text browser would take the terminal
+    return webbrowser.open(url)
+
+
+@final
+class Server(ThreadingHTTPServer):
+    """Serves one map; made by `serve`."""
+
+    daemon_threads = True
+
+    def __init__(self, atlas: Atlas, host: str, port: int):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _Handler)
+        self.atlas, self.lock = atlas, threading.Lock()
+        self.data = json.dumps(page_data(atlas, whole=False), separators=(",", ":")).encode()
+        loopback = _is_loopback(self.server_address[0])
+        self.token = None if loopback else secrets.token_urlsafe(24)
+        number = self.server_address[1]
+        self.hosts = frozenset(f"{name}:{number}" for name in ("127.0.0.1", "localhost", "[::1]", _bracketed(host)))
+        everywhere = host in ("0.0.0.0", "::", "")
+        shown = f"http://{socket.gethostname() if everywhere else _bracketed(host)}:{number}/"
+        self.url = shown if self.token is None else f"{shown}?token={self.token}"
+
+    def server_bind(self) -> None:
+        """Without looking up a name for the address, which may ask a name server."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that has turned away is no error."""
+        _LOG.debug("request from %s not answered", client_address, exc_info=True)
+
+
+def answer(atlas: Atlas, lock: threading.Lock, path: str) -> Answer | None:
+    """To a GET of anything but data.json; None: there is no such thing.
+
+    Args:
+        atlas: what is shown.
+        lock: held while images are read and vectors compared: reading changes the process's warning filters.
+        path: of the address, as it came.
+    """
+    if path in STATIC:
+        name, kind = STATIC[path]
+        return Answer(HTTPStatus.OK, f"{kind}; charset=utf-8", read_page(name).encode())
+    found = re.fullmatch(r"/(image|sheet|neighbours)/(0|[1-9][0-9]{0,8})", path, re.ASCII)
+    if not found or int(found[2]) >= (atlas.num_sheets if found[1] == "sheet" else len(atlas)):
+        return None
+    number = int(found[2])
+    with lock:
+        if found[1] == "image":
+            try:
+                return Answer(HTTPStatus.OK, *large(atlas.images, number))
+            except BadImage:
+                return None
+        return _json(atlas.sheet(number) if found[1] == "sheet" else atlas.neighbours(number)._asdict())
+
+
+def search(atlas: Atlas, lock: threading.Lock, content: bytes) -> Answer:
+    """Neighbours of an image that somebody sends."""
+    if atlas.encoder is None:
+        return _plain(HTTPStatus.NOT_FOUND, "The encoder of these embeddings is not at hand.")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "image"
+        file.write_bytes(content)
+        with lock:
+            try:
+                with quiet_pillow():
+                    pixels = torch.from_numpy(decode(str(file), atlas.encoder.channels))
+            except BadImage as bad:
+                return _plain(HTTPStatus.BAD_REQUEST, f"This cannot be read as an image: {bad.reason}")
+            return _json(atlas.search(pixels)._asdict())
+
+
+@final
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "moco", ""
+    timeout = 60  # seconds of a connection on which nothing comes
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        token = self._here.token
+        if token and path == "/" and _same(parse_qs(query).get("token", [""])[0], token):
+            # From here on the browser knows it, and neither the address bar nor the history has to.
+            self.send_response(HTTPStatus.SEE_OTHER)
+            self.send_header("Location", "./")
+            self.send_header("Set-Cookie", f"{self._cookie}={token}; HttpOnly; SameSite=Strict; Path=/")
+            self._finish(b"")
+        elif self._allowed():
+            if path == "/data.json":
+                self._send(Answer(HTTPStatus.OK, "application/json", self._here.data))
+            else:
+                found = answer(self._here.atlas, self._here.lock, path)
+                self._send(found or _plain(HTTPStatus.NOT_FOUND, "There is no such thing here."))
+
+    def do_POST(self) -> None:
+        # Whatever is refused unread stands in the way of the next request.
+        self.close_connection = True
+        length = self.headers.get("Content-Length", "")
+        if not self._allowed():
+            return
+        if self.path != "/search":
+            self._send(_plain(HTTPStatus.NOT_FOUND, "There is no such thing here."))
+        elif not (length.isascii() and length.isdigit()):
+            self._send(_plain(HTTPStatus.LENGTH_REQUIRED, "The length has to be given."))
+        elif int(length[:12]) > LARGEST_UPLOAD:
+            most = LARGEST_UPLOAD // 2**20
+            self._send(_plain(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The file is larger than {most} MiB; shrink it."))
+            for _ in range(8 * most):  # a browser reads no answer before it has sent most of what it has
+                if not self.rfile.read(2**17):
+                    break
+        else:
+            self._send(search(self._here.atlas, self._here.lock, self.rfile.read(int(length))))
+
+    @property
+    def _here(self) -> Server:
+        assert isinstance(self.server, Server)
+        return self.server
+
+    @property
+    def _cookie(self) -> str:
+        # Cookies do not tell ports apart.
+        return f"moco-{self._here.server_address[1]}"
+
+    def _allowed(self) -> bool:
+        """Refuses who came under another name, by a page of somebody else's, or without the token."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            self._send(_plain(HTTPStatus.FORBIDDEN, "Another page asks for this."))
+        elif self._here.token is None:
+            # A name that somebody else lets point to this machine would make their page ours (DNS rebinding).
+            if host.lower() in self._here.hosts:
+                return True
+            self._send(_plain(HTTPStatus.FORBIDDEN, "This is not the address that was given."))
+        else:
+            pairs = (pair.strip().partition("=") for pair in self.headers.get("Cookie", "").split(";"))
+            if any(name == self._cookie and _same(value, self._here.token) for name, _, value in pairs):
+                return True
+            self._send(_plain(HTTPStatus.FORBIDDEN, "Open the address with the token that the program printed."))
+        return False
+
+    def _send(self, found: Answer) -> None:
+        self.send_response(found.status)
+        self.send_header("Content-Type", found.kind)
+        self._finish(found.body)
+
+    def _finish(self, body: bytes) -> None:
+        for name, value in (
+            ("Content-Length", str(len(body))),
+            ("Content-Security-Policy", POLICY),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-store"),
+        ):
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        _LOG.debug(format, *args)
+
+
+def _json(value: Any) -> Answer:
+    return Answer(HTTPStatus.OK, "application/json", json.dumps(value).encode())
+
+
+def _plain(status: HTTPStatus, text: str) -> Answer:
+    return Answer(status, "text/plain; charset=utf-8", text.encode())
+
+
+def _same(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode())
+
+
+def _is_loopback(address: Any) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,222 @@
+"""All that the page shows of a set of images: the map, their names, their thumbnails, their neighbours."""
+
+import base64
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+
+from moco.checkpoint import load_encoder
+from moco.data import Images, load_data
+from moco.embed import embed, fingerprint
+from moco.encoder import ImageEncoder
+from moco.engine import choose_accelerator
+from moco.explore.layout import Layout, evenly_spaced, lay_out
+from moco.explore.thumbnails import ACROSS, CELL, Sheet, sheet
+from moco.run import Run
+from moco.search import search
+from moco.vectors import META, Embeddings, images_of, load, read_meta
+
+NEIGHBOURS = 12
+"""Most similar images that the page shows."""
+MOST_OF_RUN = 5000
+"""Images of a run that are embedded for the page, and most that go into a page of one file."""
+MOST = 100_000
+"""Points that stay smooth."""
+
+Report = Callable[[str, int, int], None]
+
+
+class Neighbours(NamedTuple):
+    """Rows of the map, the most similar first, and their cosine similarities."""
+
+    rows: list[int]
+    similarity: list[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """A map of images and what it takes to show them.
+
+    Attributes:
+        title: what these images are, in a word or two.
+        about: the same in a sentence, of what and by what.
+        embeddings: one row per image.
+        images: the same rows.
+        layout: likewise.
+        encoder: of the embeddings, to search by a new image; None if it is not at hand.
+    """
+
+    title: str
+    about: str
+    embeddings: Embeddings
+    images: Images
+    layout: Layout
+    encoder: ImageEncoder | None
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    @property
+    def num_sheets(self) -> int:
+        return -(-len(self) // ACROSS**2)
+
+    def sheet(self, number: int) -> Sheet:
+        """Thumbnails of the 256 images from place `256 * number` of the layout's order."""
+        return sheet(self.images, self.layout.order[number * ACROSS**2 :][: ACROSS**2].tolist())
+
+    def neighbours(self, row: int) -> Neighbours:
+        """Of an image on the map, which is not its own neighbour."""
+        return self._nearest(row) if len(self) > 1 else Neighbours([], [])
+
+    def search(self, pixels: UInt8[Tensor, "c h w"]) -> Neighbours:
+        """Neighbours of another image; needs the encoder."""
+        return self._nearest(pixels)
+
+    def _nearest(self, query: int | Tensor) -> Neighbours:
+        found = search(self.embeddings, query, k=NEIGHBOURS, encoder=self.encoder)
+        return Neighbours(found.rows[0].tolist(), found.similarities[0].tolist())
+
+
+def open_atlas(
+    source: str | Path | Embeddings,
+    *,
+    most: int | None = None,
+    images: Images | None = None,
+    on_progress: Report | None = None,
+) -> Atlas:
+    """The map of a run's images, or of embeddings.
+
+    Args:
+        source: folder of a run, whose training images are embedded; folder that `moco embed` made; or what
+            `moco.embed` gives.
+        most: images on the map, evenly spaced if there are more; not given: 5,000 of a run, else 100,000.
+        images: of the same rows, for embeddings whose paths lead nowhere.
+        on_progress: called with what is being done, how much of it is done and how much there is.
+
+    Raises:
+        FileNotFoundError: the folder holds neither a run nor embeddings.
+        ValueError: images that are not to be found.
+    """
+    show = on_progress or (lambda *_: None)
+    if most is not None and most < 1:
+        raise ValueError(f"at most {most} images were asked for; expected 1 or more")
+    if isinstance(source, Embeddings):
+        title, embeddings, total = "Images", *_thinned(source, most or MOST)
+        images = None if images is None else _select(images, total, most or MOST)
+    elif (Path(source) / "config.yaml").is_file():
+        title = Path(source).resolve().name
+        embeddings, images, total = _embedded(Run.open(source), most or MOST_OF_RUN, show)
+    elif (Path(source) / META).is_file():
+        title = Path(source).resolve().name
+        embeddings, total = _thinned(load(source), most or MOST)
+        embeddings = replace(embeddings, encoder=_encoder_of(Path(source)))
+    else:
+        raise FileNotFoundError(
+            f"{source} holds neither a run nor embeddings; expected a folder that `moco pretrain` or `moco embed` made"
+        )
+    images = images or images_of(embeddings)
+    if images is None:
+        raise ValueError(
+            f"the images of {source} are not to be found (the first is {embeddings.paths[0]!r}); run this where they "
+            "were embedded, or embed them anew"
+        )
+    if len(images) != len(embeddings):
+        raise ValueError(f"there are {len(images)} images for {len(embeddings)} vectors; expected one for each")
+    show("map", 0, 1)
+    layout = lay_out(np.asarray(embeddings.vectors))
+    show("map", 1, 1)
+    return Atlas(title, _about(embeddings, total), embeddings, images, layout, embeddings.encoder)
+
+
+def page_data(atlas: Atlas, *, whole: bool) -> dict[str, Any]:
+    """What the page's script reads.
+
+    Args:
+        atlas: what is shown.
+        whole: with all thumbnails and neighbours, and without what tells about this machine's folders.
+    """
+    embeddings, layout = atlas.embeddings, atlas.layout
+    start = os.path.commonprefix(embeddings.paths)
+    root = start[: max(start.rfind("/"), start.rfind(os.sep)) + 1]
+    labels = embeddings.labels
+    data: dict[str, Any] = {
+        "title": atlas.title,
+        "about": atlas.about,
+        "note": " ".join(layout.notes),
+        "root": "" if whole else root,
+        "names": [path[len(root) :] for path in embeddings.paths],
+        "classes": embeddings.classes if labels is not None else None,
+        "labels": None if labels is None else _packed(labels, "int32"),
+        "clusters": _packed(layout.clusters, "uint8"),
+        "outlier": _packed(layout.outlier, "float32"),
+        "order": _packed(layout.order, "uint32"),
+        "xy": _packed((layout.xy * 65535).round(), "uint16"),
+        "cell": CELL,
+        "across": ACROSS,
+        "search": not whole and atlas.encoder is not None,
+    }
+    if whole:
+        data["sheets"] = [atlas.sheet(number) for number in range(atlas.num_sheets)]
+        if len(atlas) > 1:
+            found = search(embeddings, np.arange(len(atlas)), k=NEIGHBOURS)
+            # Similarities in steps of 1/10,000, -1 as 0.
+            steps = ((found.similarities + 1) * 10_000).round().clip(0, 20_000)
+            rows = _packed(found.rows, "uint16" if len(atlas) < 2**16 else "uint32")
+            data["near"] = {"rows": rows, "similarity": _packed(steps, "uint16")}
+    return data
+
+
+def _packed(array: np.ndarray, kind: str) -> tuple[str, str]:
+    """The name of a typed array of JavaScript, and its bytes in base64."""
+    name = {"uint8": "Uint8", "uint16": "Uint16", "uint32": "Uint32", "int32": "Int32", "float32": "Float32"}[kind]
+    return f"{name}Array", base64.b64encode(array.astype(np.dtype(kind).newbyteorder("<")).tobytes()).decode()
+
+
+def _embedded(run: Run, most: int, show: Report) -> tuple[Embeddings, Images, int]:
+    encoder = load_encoder(run.path).to(choose_accelerator("auto"))
+    found = load_data(run.config.data).train
+    images = _select(found, len(found), most)
+    embeddings = embed(encoder, images, on_progress=lambda done, total: show("embedding", done, total))
+    return embeddings, images, len(found)
+
+
+def _encoder_of(folder: Path) -> ImageEncoder | None:
+    """The encoder that the table names, if it is where it was and still the same."""
+    meta = read_meta(folder)
+    if meta.encoder_source is None or not Path(meta.encoder_source).exists():
+        return None
+    try:
+        encoder = load_encoder(meta.encoder_source)
+    except (OSError, ValueError):
+        return None
+    return encoder.to(choose_accelerator("auto")) if fingerprint(encoder) == meta.settings.encoder else None
+
+
+def _select(images: Images, total: int, most: int) -> Images:
+    return images if total <= most else images.select(evenly_spaced(total, most).tolist())
+
+
+def _thinned(embeddings: Embeddings, most: int) -> tuple[Embeddings, int]:
+    total, labels = len(embeddings), embeddings.labels
+    if total <= most:
+        return embeddings, total
+    rows = evenly_spaced(total, most)
+    thinned = replace(
+        embeddings,
+        vectors=np.asarray(embeddings.vectors[rows]),
+        paths=tuple(embeddings.paths[row] for row in rows),
+        labels=None if labels is None else labels[rows],
+    )
+    return thinned, total
+
+
+def _about(embeddings: Embeddings, total: int) -> str:
+    shown = f"{len(embeddings):,} images" if len(embeddings) == total else f"{len(embeddings):,} of {total:,} images"
+    by = "" if embeddings.encoder is None else f", as {embeddings.encoder.name} sees them"
+    return f"{shown}{by}"

@@ -1,0 +1,56 @@
+"""The command that trains a run's encoder again."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from moco.config import PretrainConfig
+from moco.recipes import load_recipe, recipe_names
+from moco.run import Run
+
+MAX_FLAGS = 20
+"""That a command may take; above it the YAML is named."""
+
+
+def command(run: Run) -> str:
+    """What trains such an encoder on any machine: the recipe, and a flag for each setting that is not the recipe's."""
+    changed = changes(run.config)
+    if changed is None or len(changed) > MAX_FLAGS or any(own == [] for _, own in changed.values()):
+        return exact_command(run)
+    flags = (f"--{name} {_flag(own)}" for name, (_, own) in changed.items())
+    return " ".join([f"moco pretrain {run.config.recipe}", *flags])
+
+
+def exact_command(run: Run) -> str:
+    """The same with every choice that depends on the machine as it was made."""
+    return f"moco pretrain {shlex.quote(str(run.path / 'config.yaml'))}"
+
+
+def changes(config: PretrainConfig) -> dict[str, tuple[Any, Any]] | None:
+    """Settings that are not the recipe's: what it has and what these have; None if they are of no recipe of ours.
+
+    What the recipe leaves to the machine is no change.
+    """
+    if config.recipe not in recipe_names():
+        return None
+    recipe, own = flat(load_recipe(config.recipe)), flat(config)
+    left = {name for name, value in recipe.items() if name.startswith("engine.") and value in ("auto", None)}
+    return {name: (recipe[name], own[name]) for name in own if name not in left and own[name] != recipe[name]}
+
+
+def flat(config: PretrainConfig) -> dict[str, Any]:
+    """All settings by their dotted names, the recipe's name apart."""
+
+    def walk(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in section.items():
+            found |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return found
+
+    return walk(config.model_dump(mode="json", exclude={"recipe"}), "")
+
+
+def _flag(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else str(value).lower()
+    return " ".join(shlex.quote(str(each)) for each in (value if isinstance(value, list) else [value]))
