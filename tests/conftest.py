@@ -35,8 +35,8 @@ def moco_data() -> Path:
 
 SPAWNER = """
 import json, os, random, sys
-import matplotlib.figure, numpy, sklearn.datasets, torch
-import moco.auto, moco.pretrain
+import matplotlib.figure, numpy, sklearn.cluster, sklearn.datasets, sklearn.manifold, torch
+import moco.auto, moco.explore.app, moco.explore.saved, moco.pretrain
 from moco.cli import main
 
 for line in sys.stdin:
@@ -64,6 +64,8 @@ class Command:
 
     def start(self, *arguments: str | Path) -> None:
         assert self._process.stdin and self._process.stdout
+        for name in ("stdout", "stderr"):  # what the last one said is not what this one says
+            (self._folder / name).write_text("")
         self._process.stdin.write(json.dumps([str(self._folder), [str(each) for each in arguments]]) + "\n")
         self._process.stdin.flush()
         self.pid = int(self._process.stdout.readline())
@@ -79,6 +81,10 @@ class Command:
         code = int(self._process.stdout.readline())
         self.pid = 0
         return code
+
+    @property
+    def stdout(self) -> str:
+        return (self._folder / "stdout").read_text()
 
     @property
     def stderr(self) -> str:

@@ -99,7 +99,7 @@ def test_no_dependency_file_names_a_host() -> None:
     assert "uv.lock" in (ROOT / ".gitignore").read_text().splitlines()
 
 
-def test_the_wheel_carries_the_recipes_and_the_licence(tmp_path: Path) -> None:
+def test_the_wheel_carries_the_recipes_the_pages_and_the_licence(tmp_path: Path) -> None:
     uv = os.environ.get("UV") or shutil.which("uv")
     if uv is None:
         pytest.skip("needs uv")
@@ -107,7 +107,12 @@ def test_the_wheel_carries_the_recipes_and_the_licence(tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
     recipes = {f"moco/recipes/{path.name}" for path in (ROOT / "src/moco/recipes").glob("*.yaml")}
-    assert recipes and recipes <= inside
+    pages = {
+        path.relative_to(ROOT / "src").as_posix()
+        for kind in ("page", "templates")
+        for path in (ROOT / "src/moco/explore" / kind).iterdir()
+    }
+    assert recipes and recipes <= inside and pages and pages <= inside
     assert any(name.endswith("/licenses/LICENSE") for name in inside)
     assert {name.split("/")[0] for name in inside if not name.split("/")[0].endswith(".dist-info")} == {"moco"}
 

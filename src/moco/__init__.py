@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moco.optim import LARS
     from moco.pretrain import pretrain
     from moco.run import Run
+    from moco.search import search
     from moco.variants import create_model
     from moco.views import TwoViews
 
@@ -40,6 +41,7 @@ _WHERE = {
     "linear": "moco.evaluate.probe",
     "load_encoder": "moco.checkpoint",
     "pretrain": "moco.pretrain",
+    "search": "moco.search",
 }
 __all__ = [  # noqa: PLE0604
     "LARS",
@@ -58,6 +60,7 @@ __all__ = [  # noqa: PLE0604
     "linear",
     "load_encoder",
     "pretrain",
+    "search",
 ]
 
 

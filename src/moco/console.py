@@ -220,7 +220,7 @@ def _clean(text: str) -> str:
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], lines: bool = False) -> None:
     table = Table(title=title or None, title_justify="left", title_style="bold", show_lines=lines)
     for index, column in enumerate(columns):
-        table.add_column(column, no_wrap=index == 0)
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
     for row in rows:
         table.add_row(*(Text(_clean(cell)) for cell in row))
     _stdout().print(table)

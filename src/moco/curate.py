@@ -108,6 +108,6 @@ def outliers(
         found = nearest(table.vectors, queries, k, own=torch.from_numpy(own))
         distances[own] = 1 - found.similarity.double().mean(dim=1).numpy()
         if on_progress:
-            on_progress(own[-1] + 1, len(table))
+            on_progress(int(own[-1]) + 1, len(table))
     rows = np.lexsort((np.arange(len(table)), -distances))[:n]
     return Outliers(rows, distances[rows])

@@ -14,6 +14,8 @@ from moco.explain import closest, explain
 
 SECTIONS: dict[str, type[BaseModel]] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
 """Whose settings a verb takes as flags."""
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+"""The flag that every verb has."""
 
 
 def flags_of(section: type[BaseModel], prefix: str = "") -> Any:

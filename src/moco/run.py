@@ -32,7 +32,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
-        with _disk_full_named(path), os.fdopen(handle, "wb") as file:
+        with disk_full_named(path), os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -45,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 @contextmanager
-def _disk_full_named(path: Path) -> Generator[None]:
+def disk_full_named(path: Path) -> Generator[None]:
     try:
         yield
     except Exception as error:
@@ -222,14 +222,14 @@ class MetricsWriter:
 
     def write(self, row: dict[str, float]) -> None:
         if self._file:
-            with _disk_full_named(self._path):
+            with disk_full_named(self._path):
                 self._writer.writerow(row)
                 self._file.flush()
 
     def sync(self) -> None:
         """Before a checkpoint that counts on these rows."""
         if self._file:
-            with _disk_full_named(self._path):
+            with disk_full_named(self._path):
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple, final
 
 import numpy as np
 
-from moco.run import _disk_full_named, write_atomically
+from moco.run import disk_full_named, write_atomically
 from moco.vectors import HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta, shares
 
 try:
@@ -105,7 +105,7 @@ class Writer:
             (path, "", "") if labels is None else (path, labels[row], classes[labels[row]] if classes else "")
             for row, path in enumerate(paths)
         )
-        with _disk_full_named(self._folder):
+        with disk_full_named(self._folder):
             self._files[VECTORS].write(np.ascontiguousarray(vectors, dtype="<f4").data)
             self._files[IMAGES].write(_csv(rows))
             self._files[UNREADABLE].write(_csv(unreadable))
@@ -121,7 +121,7 @@ class Writer:
 
     def sync(self) -> None:
         """Makes what was added safe."""
-        with _disk_full_named(self._folder):
+        with disk_full_named(self._folder):
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())

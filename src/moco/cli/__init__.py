@@ -1,0 +1,80 @@
+"""The command line: one thin typed function per verb; errors become one line and an exit code.
+
+Heavy modules are imported inside the verbs, so that help and wrong flags answer at once.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, Parameter
+from cyclopts.exceptions import CycloptsError
+
+from moco.cli.images import embed, explore, search
+from moco.cli.measure import evaluate, export, report
+from moco.cli.train import doctor, pretrain, recipes
+from moco.console import heard, say
+from moco.flags import explained, spelled
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"moco {version('moco-ssl')}"
+    except PackageNotFoundError:
+        return "moco, not installed"
+
+
+app = App(
+    name="moco",
+    help="Turns a pile of unlabelled images into an image encoder, and says how good it is.",
+    help_epilogue="No idea where to start? `moco pretrain` trains on handwritten digits in about a minute.",
+    version=_version,
+    default_parameter=Parameter(name_transform=str, show_default=False, consume_multiple=True),
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
+for _verb in (pretrain, evaluate, embed, search, explore, report, export, recipes, doctor):
+    app.command(_verb)
+
+
+def _refused(error: Exception, code: int) -> int:
+    if os.environ.get("MOCO_TRACEBACK") == "1":
+        raise error
+    say(f"moco: {explained(error)}")
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: without the program's name; not given: the process's own.
+
+    Returns:
+        0; 2 after a mistake in what was given; 1 after a failure; 128 + signal after a stop.
+    """
+    # A core that waits for another spins for some microseconds, then gives way: without this, training beside other
+    # programs stalls; without spinning it takes half as long again (results/LOG.md). Said before torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    tokens = spelled(list(sys.argv[1:] if arguments is None else arguments))
+    with heard():
+        try:
+            app(tokens, exit_on_error=False, print_error=False, verbose=False)
+            sys.stdout.flush()
+            return 0
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        except KeyboardInterrupt:
+            say("moco: stopped by SIGINT")
+            return 128 + signal.SIGINT
+        except BrokenPipeError:
+            # The reader has left (`moco recipes | head`): nothing more to say, at exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except (CycloptsError, ValueError, FileNotFoundError, FileExistsError) as error:
+            return _refused(error, 2)
+        except (OSError, RuntimeError, MemoryError, ImportError) as error:
+            return _refused(error, 1)

@@ -1,0 +1,199 @@
+"""What an encoder does for a pile of images: a table of features, answers, a map."""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from moco.console import print_table, say, stderr, working
+from moco.flags import Json
+
+if TYPE_CHECKING:
+    from moco.vectors import Embeddings
+
+Rows = tuple[tuple[str, ...], list[tuple[Any, ...]]]
+"""Names of columns, and what stands below them."""
+
+
+def embed(
+    source: str,
+    images: str,
+    /,
+    *,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))],
+    format: str = "npy",
+    part: str = "train",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write the features of all images into a folder.
+
+    However it was stopped, the same command goes on where it was. Files that cannot be read are listed in
+    unreadable.csv of the folder. Under torchrun each process does a share.
+
+    Args:
+        source: Folder of a run, or a checkpoint of anybody's.
+        images: Folder of images, or the name of a data set.
+        out: Folder for vectors.npy, images.csv, unreadable.csv and meta.json; or one where this was begun.
+        format: `npy`; `parquet` or `tensorboard` write those files into the folder, too.
+        part: `train` or `test`, of images that have such parts.
+        batch_size: Images at a time; not given: from the size of the images.
+        precision: `fp32`, `bf16`, or `auto`: bf16 where it is fast.
+        as_json: Print where everything is as JSON.
+    """
+    from moco.embed import embed_to
+    from moco.formats import export as convert
+    from moco.formats import refuse_missing
+    from moco.vectors import UNREADABLE, read_meta
+
+    refuse_missing(format)
+    with working(stderr()) as show:
+        settings = {"part": part, "batch_size": batch_size, "precision": precision}
+        embed_to(out, source, images, **settings, on_progress=partial(show, "features"))
+    if int(os.environ.get("RANK", "0")):  # the first of several processes tells
+        return
+    written, meta = convert(out, format), read_meta(out)
+    if as_json:
+        told = {"folder": str(out), "written": str(written), "rows": meta.rows, "columns": meta.columns}
+        print(json.dumps(told | {"unreadable": meta.unreadable}, indent=2))
+        return
+    say(f"{written} holds {meta.columns} features of each of {meta.rows:,} images.")
+    if meta.unreadable:
+        say(f"{meta.unreadable:,} files could not be read: {out / UNREADABLE} lists them.")
+    say(f"Try next: moco search {quote(str(out))} --query IMAGE --picture search.png")
+
+
+def search(
+    embeddings: Path,
+    /,
+    *,
+    query: list[str] | None = None,
+    row: list[int] | None = None,
+    k: int = 10,
+    farthest: Annotated[bool, Parameter(negative="")] = False,
+    duplicates: float | None = None,
+    outliers: int | None = None,
+    picture: Path | None = None,
+    encoder: str | None = None,
+    as_json: Json = False,
+) -> None:
+    """Find the images most like others, near-duplicates, or outliers.
+
+    Args:
+        embeddings: Folder that `moco embed` made.
+        query: One or several image files.
+        row: One or several images of the table, by their row; instead of `--query`.
+        k: Answers to each query; neighbours that count for outliers.
+        farthest: The least similar instead.
+        duplicates: Instead of a query: groups of images at least as similar as this, such as 0.95.
+        outliers: Instead of a query: so many images that are least like their own nearest.
+        picture: Also draw each query with those most and least like it, as PNG or SVG.
+        encoder: Where the encoder of the embeddings is now, if it is not where it was.
+        as_json: Print the answers as JSON.
+    """
+    if sum(given is not None for given in (query or row, duplicates, outliers)) != 1 or (query and row):
+        raise ValueError("expected one of --query IMAGE, --row NUMBER, --duplicates SIMILARITY and --outliers COUNT")
+    if picture and not (query or row):
+        raise ValueError("--picture shows answers to a --query or --row; leave it out")
+    from moco.vectors import load
+
+    table = load(embeddings)
+    if query or row:
+        told = _answers(table, query or row, encoder=encoder, k=k, farthest=farthest, picture=picture)
+    elif duplicates is not None:
+        told = _groups(table, duplicates)
+    else:
+        told = _outliers(table, outliers or 0, k)
+    columns, rows = told
+    if as_json:
+        print(json.dumps([dict(zip(columns, each, strict=True)) for each in rows], indent=2))
+        return
+    by_query = columns[0] == "query"
+    for title in dict.fromkeys(each[0] for each in rows) if by_query else ("",):
+        cells = [[str(cell) for cell in each[by_query:]] for each in rows if not by_query or each[0] == title]
+        print_table(str(title), columns[by_query:], cells)
+    if picture:
+        say(f"{picture} shows them.")
+
+
+def _answers(
+    table: "Embeddings", asked_for: Any, *, encoder: str | None, k: int, farthest: bool, picture: Path | None
+) -> Rows:
+    from moco.figures import save
+    from moco.search import answer, ask
+    from moco.search import picture as draw
+
+    asked = ask(table, asked_for, encoder=encoder)
+    found = answer(table, asked, k=k, farthest=farthest)
+    if picture:
+        save(draw(table, asked), picture)
+    answers = zip(found.queries, found.rows.tolist(), found.similarities.tolist(), strict=True)
+    return ("query", "similarity", "class", "row", "path"), [
+        (name, round(similarity, 4), table.class_of(place) or "", place, table.paths[place])
+        for name, places, similarities in answers
+        for place, similarity in zip(places, similarities, strict=True)
+    ]
+
+
+def _groups(table: "Embeddings", threshold: float) -> Rows:
+    from moco.curate import duplicates
+
+    with working(stderr()) as show:
+        groups = duplicates(table, threshold, on_progress=partial(show, "pairs"))
+    rows = [(number, place, table.paths[place]) for number, each in enumerate(groups) for place in each]
+    return ("group", "row", "path"), rows
+
+
+def _outliers(table: "Embeddings", count: int, k: int) -> Rows:
+    from moco.curate import outliers
+
+    with working(stderr()) as show:
+        found = outliers(table, count, k=k, on_progress=partial(show, "neighbours"))
+    pairs = zip(found.distances.tolist(), found.rows.tolist(), strict=True)
+    return ("distance", "row", "path"), [(round(distance, 4), place, table.paths[place]) for distance, place in pairs]
+
+
+def explore(
+    source: str,
+    /,
+    *,
+    save: Path | None = None,
+    most: Annotated[int | None, Parameter(name="--max")] = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    browser: Annotated[bool, Parameter(name="--open", negative="--no-open")] = True,
+    as_json: Json = False,
+) -> None:
+    """Look at all images as a map, in a browser.
+
+    Args:
+        source: Folder of a run, whose training images are embedded; or a folder that `moco embed` made.
+        save: Write the map as this one file, which opens without a server, and serve nothing.
+        most: Images on the map, evenly spaced if there are more; not given: 5,000 of a run, else 100,000.
+        host: Address to listen on; on any but 127.0.0.1 the address that is printed holds a token.
+        port: Port to listen on; 0 is any that is free.
+        browser: Open a browser.
+        as_json: Print where it is as JSON.
+    """
+    from moco.explore.app import serve, show
+    from moco.explore.atlas import MOST_OF_RUN, open_atlas
+    from moco.explore.saved import save_page
+
+    with working(stderr()) as tell:
+        most = MOST_OF_RUN if save and most is None else most
+        atlas = open_atlas(source, most=most, on_progress=tell)
+    if save:
+        save_page(atlas, save)
+        print(json.dumps({"page": str(save), "images": len(atlas.embeddings)}) if as_json else save)
+        return
+    with serve(atlas, host=host, port=port) as server:
+        print(json.dumps({"url": server.url, "images": len(atlas.embeddings)}) if as_json else server.url, flush=True)
+        if browser:
+            show(server.url)
+        say("Ctrl-C stops it.")
+        server.serve_forever()

@@ -1,0 +1,147 @@
+"""Train, and what helps to choose how: recipes and this machine."""
+
+import json
+import signal
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from moco import config as settings
+from moco.config import PretrainConfig
+from moco.console import print_table, progress, report_run, say, stderr
+from moco.flags import Json, flags_of
+from moco.recipes import load_recipe, recipe_names, recipe_record, recipe_text
+
+# What may differ when a run is continued: where and how often, never what is computed.
+CONTINUABLE = ("steps", "data.source", "data.workers", "monitor.save_every", "engine.accelerator", "engine.threads")
+
+if TYPE_CHECKING:
+    Flags = dict[str, Any]
+else:
+    Flags = flags_of(PretrainConfig)
+
+
+def pretrain(
+    recipe: str | None = None,
+    /,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    print_config: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Json = False,
+    flags: Annotated[Flags | None, Parameter(name="*")] = None,
+) -> None:
+    """Train an encoder on unlabelled images.
+
+    Without a recipe, `--data FOLDER` chooses every setting from the images and the machine and says why; with neither,
+    it is handwritten digits. A flag overrules the recipe; `none` takes a setting back to "not given".
+
+    Args:
+        recipe: A name that `moco recipes` lists, or a YAML file.
+        out: Folder of the run; it must not exist yet.
+        resume: Folder of a run that was stopped or killed: continue it from its last checkpoint. Or, with a recipe, a
+            training checkpoint of the official code.
+        print_config: Print every setting in force as YAML, and train nothing.
+        flags: Settings that overrule the recipe.
+        as_json: Print the results as JSON.
+    """
+    given = flags or {}
+    if resume and resume.is_file() and recipe is None:
+        raise ValueError(f"{resume} does not hold the settings it was trained with; name the recipe too")
+    continued = resume is not None and not resume.is_file()
+    config = _resumed(resume, recipe, out, given) if resume and continued else _chosen(recipe, given)
+    if print_config:
+        print(settings.to_yaml(config), end="")
+        return
+    from moco.engine import Stopped
+    from moco.pretrain import pretrain as train
+
+    try:
+        with progress(stderr()) as show:
+            run = train(config, out=out, resume=resume, on_progress=show)
+    except Stopped as stopped:
+        name = signal.Signals(stopped.signum).name
+        say(f"moco: stopped by {name}; saved; continue with: moco pretrain --resume {quote(str(stopped.path))}")
+        raise SystemExit(128 + stopped.signum) from None
+    if as_json:
+        print(json.dumps({"run": str(run.path), "results": run.results}, indent=2))
+    else:
+        report_run(run.path, run.results)
+
+
+def recipes(name: str | None = None, /, *, as_json: Json = False) -> None:
+    """List the recipes, or print one in full.
+
+    Args:
+        name: A recipe; its YAML is printed as written.
+        as_json: Print as JSON.
+    """
+    if name and not as_json:
+        print(recipe_text(name), end="")
+        return
+    records = [{"name": each, **recipe_record(each)} for each in ([name] if name else recipe_names())]
+    if name:
+        print(json.dumps(records[0] | {"config": load_recipe(name).model_dump(mode="json")}, indent=2))
+    elif as_json:
+        print(json.dumps(records, indent=2))
+    else:
+        # What a header says up to the first semicolon is short enough for a line.
+        told = ("about", "expected", "cost", "source")
+        rows = ([record["name"], *(record[key].partition(";")[0] for key in told)] for record in records)
+        print_table("", ("recipe", "what it trains", "expected", "cost", "from"), rows)
+        run = [record["name"] for record in records if "not yet run here" not in record["expected"]]
+        print(f"Measured here: {', '.join(run)}. All others as published, not yet run here.")
+        print("moco recipes NAME prints one in full; moco pretrain NAME trains it.")
+
+
+def doctor(recipe: str | None = None, /, *, as_json: Json = False) -> None:
+    """Describe this machine, and what a recipe would need.
+
+    Args:
+        recipe: A name that `moco recipes` lists, or a YAML file.
+        as_json: Print as JSON.
+    """
+    if recipe:
+        load_recipe(recipe)  # a wrong name is answered before torch is loaded
+    from moco.doctor import examine
+
+    rows = examine(recipe)
+    if as_json:
+        print(json.dumps([row._asdict() for row in rows], indent=2))
+    else:
+        print_table("", ("", "value", "note"), rows)
+
+
+def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
+    """The recipe, or what suits the images, with the given flags on top."""
+    if recipe is None and "source" in given.get("data", {}):
+        from moco.auto import auto_config
+
+        config, reasons = auto_config(settings.parse_config({"data": given["data"]}).data)
+        for reason in reasons:
+            say(reason)
+    else:
+        config = load_recipe(recipe or "digits")
+    return settings.merge(config, given)
+
+
+def _resumed(run: Path, recipe: str | None, out: Path | None, given: dict[str, Any]) -> PretrainConfig:
+    """The run's own settings; another machine may look for data and threads elsewhere."""
+    from moco.run import Run
+
+    if recipe or out:
+        raise ValueError(f"--resume was given with {recipe or f'--out {out}'}; a run goes on as and where it began")
+    names = [f"{top}.{name}" for top, inner in given.items() if isinstance(inner, dict) for name in inner]
+    names += [top for top, inner in given.items() if not isinstance(inner, dict)]
+    opened = Run.open(run)
+    # To name the code again that a run names is to say that one trusts it.
+    trusted = given.get("views", {}).get("recipe") == opened.config.views.recipe
+    own = (*CONTINUABLE, "views.recipe") if trusted else CONTINUABLE
+    fixed = [f"--{name}" for name in names if not name.startswith(own)]
+    if fixed:
+        raise ValueError(f"{fixed[0]} was given with --resume; a run goes on with its own settings: start a new one")
+    if not trusted:
+        opened.refuse_code()
+    return settings.merge(opened.config, given)
