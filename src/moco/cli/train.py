@@ -92,7 +92,7 @@ def recipes(name: str | None = None, /, *, as_json: Json = False) -> None:
         rows = ([record["name"], *(record[key].partition(";")[0] for key in told)] for record in records)
         print_table("", ("recipe", "what it trains", "expected", "cost", "from"), rows)
         run = [record["name"] for record in records if "not yet run here" not in record["expected"]]
-        print(f"Measured here: {', '.join(run)}. All others as published, not yet run here.")
+        print(f"The figures of {' and '.join(run)} were measured by this project; all others are as published.")
         print("moco recipes NAME prints one in full; moco pretrain NAME trains it.")
 
 
