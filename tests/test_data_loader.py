@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.transforms.v2 import functional as tv
 
-from moco.config import DataConfig
+from moco.config import DataConfig, ViewsConfig
 from moco.data import ArrayImages, FileImages, Loader, epoch_order, load_data, resized
+from moco.data.loader import num_workers
+from moco.transforms import Box
+from moco.views import TwoViews, view_specs
 
 CPU = torch.device("cpu")
 
@@ -177,6 +181,88 @@ def test_impossible_batches_are_refused(tmp_path):
         loader(files(tmp_path, 8), crop=None)
 
 
+# Reduced decoding
+
+
+def camera(path: Path, height: int, width: int, **options) -> torch.Tensor:
+    """A JPEG with something to see at every scale; returns its pixels as decoded whole."""
+    random = np.random.default_rng(height)
+    image = Image.new("RGB", (width, height))
+    for side in (8, 40, 200):
+        noise = Image.fromarray(random.integers(0, 256, (height // side + 1, width // side + 1, 3), dtype=np.uint8))
+        image = Image.blend(image, noise.resize((width, height), Image.Resampling.BICUBIC), 0.6)
+    image.save(path, quality=95, **options)
+    return FileImages((str(path),), None, None).decode(0)
+
+
+def one_batch(path: Path, crop) -> torch.Tensor:
+    images = FileImages((str(path),) * 2, None, None)
+    ((batch, _),) = loader(images, batch_size=2, crop=crop).epoch(0)
+    return batch
+
+
+@pytest.mark.parametrize("height, width, shrunk", [(150, 190, False), (900, 1200, True), (1201, 907, True)])
+def test_boxes_give_the_crops_of_the_whole_image_but_for_rounding(height, width, shrunk, tmp_path, monkeypatch):
+    pixels, used = camera(tmp_path / "x.jpg", height, width), []
+    views, draft = TwoViews(view_specs(ViewsConfig(recipe="v2", size=96)), 96), JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *arguments: (used.append(1), draft(*arguments))[1])
+    got, want = one_batch(tmp_path / "x.jpg", views), torch.stack([views.crop(pixels, id, 0) for id in (0, 1)])
+    assert bool(used) == shrunk
+    order = epoch_order(2, seed=0, epoch=0)
+    difference = (got.int() - want[order].int()).abs().float()
+    # Shrinking by transforms of 4 or 2 instead of 8 rows is no triangle filter, and a crop moves by half a pixel.
+    assert difference.mean() < 4 if shrunk else difference.max() == 0
+    assert float(got.float().std() / want.float().std()) == pytest.approx(1, rel=0.05)
+
+
+def test_no_view_is_made_of_fewer_pixels_than_it_has(tmp_path, monkeypatch):
+    camera(tmp_path / "x.jpg", 640, 640)
+    seen, draft = [], JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *arguments: (seen.append(arguments[2]), draft(*arguments))[1])
+
+    class Square:
+        size = 100
+
+        def __init__(self, sides):
+            self.sides = sides
+
+        def boxes(self, ids, *, epoch):
+            return lambda place, height, width: [Box(height - side, 0, side, side) for side in self.sides]
+
+    for sides, shrink in (((640, 640), 4), ((640, 399), 2), ((400, 400), 4), ((640, 199), 1), ((99, 640), 1)):
+        seen.clear()
+        batch = one_batch(tmp_path / "x.jpg", Square(sides))
+        assert batch.shape == (2, 2, 3, 100, 100)
+        assert seen == ([] if shrink == 1 else [(640 // shrink, 640 // shrink)] * 2), sides
+
+
+def test_a_photo_on_its_side_is_cropped_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = camera(tmp_path / "x.jpg", 800, 1200, exif=exif)
+    assert pixels.shape == (3, 1200, 800)
+    views = TwoViews(view_specs(ViewsConfig(recipe="v2", size=64)), 64)
+    got = one_batch(tmp_path / "x.jpg", views)[epoch_order(2, seed=0, epoch=0).argsort()]
+    want = torch.stack([views.crop(pixels, id, 0) for id in (0, 1)])
+    assert (got.int() - want.int()).abs().float().mean() < 4
+
+
+def test_an_unreadable_file_among_boxes_is_replaced_with_the_crops_of_the_other(tmp_path):
+    images = files(tmp_path, 6, broken=(2,))
+    views = TwoViews(view_specs(ViewsConfig(recipe="v2", size=16)), 16)
+    for batch, ids in loader(images, batch_size=6, crop=views, max_bad=0.5).epoch(3):
+        assert 2 not in ids.tolist() and len(ids) == 6
+        for crops, id in zip(batch, ids.tolist(), strict=True):
+            assert torch.equal(crops, views.crop(images.decode(id), id, 3))
+
+
+def test_workers_share_the_cores_with_the_other_ranks_of_the_machine(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(24), raising=False)
+    for ranks, workers in ((1, 16), (2, 11), (8, 2), (24, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert num_workers(ranks) == workers
+
+
 def test_resizing_to_the_size_of_the_images_is_plain_indexing():
     images = arrays(9)
     assert torch.equal(resized(images, [8, 2], size=4), images.images[[8, 2]])
@@ -215,7 +301,7 @@ def test_a_gpu_gets_the_same_batches(tmp_path):
         assert batch.device.type == "cuda" and ids.device.type == "cpu"
         assert torch.equal(batch.cpu(), expected) and torch.equal(ids, expected_ids)
     for batch, ids in loader(files(tmp_path, 12), device=gpu, workers=1).epoch(0):
-        assert batch.is_pinned() and ids.is_pinned()
+        assert batch.device.type == "cuda" and ids.is_pinned()
     images = ArrayImages(torch.randint(0, 256, (4, 3, 40, 50), dtype=torch.uint8), None, None, tuple("abcd"))
     moved = ArrayImages(images.images.to(gpu), None, None, images.paths)
     difference = resized(moved, [1, 3], size=16).cpu().int() - resized(images, [1, 3], size=16).int()

@@ -10,13 +10,13 @@ from PIL import Image, ImageFilter
 
 import moco
 from moco.transforms import (
-    blend,
     centred,
     crop_resize_flip,
     gaussian_blur,
     jitter_colour,
     normalise,
     shift_hue,
+    thumbnail,
     to_grey,
 )
 from moco.views import ViewSpec
@@ -94,7 +94,7 @@ def test_each_part_of_the_jitter_alone_equals_torchvisions(operation):
     others = [i for i in range(4) if i != operation]
     strength[:, others] = torch.tensor([1.0, 1.0, 1.0, 0.0])[others]
     order = torch.arange(4).repeat(12, 1)
-    got = jitter_colour(images, strength, order, on_host=order)
+    got = jitter_colour(images, strength, order)
     for image, result, factor in zip(images, got, strength[:, operation].tolist(), strict=True):
         torch.testing.assert_close(result, ADJUST[operation](image, factor), atol=LEVEL / 20, rtol=0)
     assert (got - images).abs().mean() > 5 * LEVEL
@@ -103,7 +103,7 @@ def test_each_part_of_the_jitter_alone_equals_torchvisions(operation):
 def test_jitter_in_every_order_equals_torchvisions_in_that_order():
     images, strength = pictures(24, 3, 16, 24), strengths(24)
     before = images.clone()
-    got = jitter_colour(images, strength, ORDERS, on_host=ORDERS)
+    got = jitter_colour(images, strength, ORDERS)
     assert torch.equal(images, before)
     for image, result, factors, order in zip(images, got, strength.tolist(), ORDERS.tolist(), strict=True):
         for operation in order:
@@ -113,7 +113,7 @@ def test_jitter_in_every_order_equals_torchvisions_in_that_order():
 
 def test_jitter_of_one_channel_is_brightness_and_contrast_only():
     images, strength = pictures(24, 1, 16, 24), strengths(24)
-    got = jitter_colour(images, strength, ORDERS, on_host=ORDERS)
+    got = jitter_colour(images, strength, ORDERS)
     for image, result, factors, order in zip(images, got, strength.tolist(), ORDERS.tolist(), strict=True):
         for operation in order:
             image = ADJUST[operation](image, factors[operation])
@@ -135,12 +135,6 @@ def test_solarize_equals_torchvisions_on_whole_levels():
     first, second = moco.TwoViews((replace(plain, solarize_p=1.0), plain), 16)(levels, torch.tensor([0]), epoch=0)
     assert torch.equal((255 * first).round().to(torch.uint8), tv.solarize(levels, 128))
     assert torch.equal((255 * second).round().to(torch.uint8), levels)
-
-
-def test_blending_stays_in_range():
-    images = torch.tensor([0.2, 0.9]).view(2, 1, 1, 1)
-    got = blend(images, torch.zeros(1), torch.tensor([0.5, 1.5]))
-    torch.testing.assert_close(got.flatten(), torch.tensor([0.1, 1.0]))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -208,3 +202,14 @@ def test_normalise_takes_the_mean_statistics_for_other_channels():
     want = (images.float() / 255 - 0.4) / 0.25
     torch.testing.assert_close(normalise(images, (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)), want)
     assert math.isclose(normalise(images, (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)).max().item(), 2.4, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (2, "L"), (3, "RGB"), (5, "RGB")])
+def test_a_thumbnail_fits_a_square_in_its_own_proportions(channels, mode):
+    image = smooth(channels, 96, 200)
+    small = thumbnail(image, 50)
+    assert small.mode == mode and small.size == (50, 24)
+    want = tv.resize(image[: 3 if mode == "RGB" else 1], [24, 50], antialias=True).movedim(0, 2).squeeze(2).numpy()
+    assert np.abs(np.asarray(small).astype(int) - want).mean() < 8  # Lanczos, not bilinear
+    np.testing.assert_array_equal(thumbnail(image, 200), image[: 3 if mode == "RGB" else 1].movedim(0, 2).squeeze(2))
+    assert thumbnail(noise(3, 1, 400), 20).size == (20, 1)

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 from moco.config import DataConfig, PretrainConfig, parse_config
 from moco.data import ArrayImages, BadImage, FileImages, Splits, load_data
+from moco.data.remote import is_remote
 from moco.engine import choose_accelerator
 
 SMALL = 64
@@ -80,7 +81,9 @@ def auto_config(data: DataConfig, given: Splits | None = None) -> tuple[Pretrain
 def _usual_side(images: FileImages) -> int:
     """Median of the short sides of some images; those that cannot be read are passed over, as in training."""
     sides: list[int] = []
-    for index in range(0, len(images), max(1, len(images) // SAMPLED)):
+    # Of images elsewhere the first ones: each of the others may be in a shard that would have to be fetched for it.
+    apart = 1 if is_remote(images.paths[0]) else max(1, len(images) // SAMPLED)
+    for index in range(0, min(len(images), apart * SAMPLED), apart):
         with suppress(BadImage):
             sides.append(min(images.decode(index).shape[1:]))
     if not sides:

@@ -9,8 +9,10 @@ from moco.data.arrays import ArrayImages
 from moco.data.datasets import cifar10, cifar100, cifar_folder, digits, imagenet
 from moco.data.decode import BadImage
 from moco.data.folder import FileImages, Images, Splits, load_folder
-from moco.data.given import as_images
+from moco.data.given import as_images, some_of
+from moco.data.hugging_face import is_hugging_face, load_hugging_face
 from moco.data.loader import Loader, epoch_order, resized
+from moco.data.shards import is_shards, load_shards
 
 __all__ = [
     "DATASETS",
@@ -25,6 +27,7 @@ __all__ = [
     "epoch_order",
     "load_data",
     "resized",
+    "some_of",
 ]
 
 GIVEN = "given"
@@ -39,7 +42,9 @@ DATASETS: dict[str, Callable[[DataConfig], Splits]] = {
 
 
 def load_data(config: DataConfig) -> Splits:
-    """Images of `config.source`: a name in `DATASETS`, a folder of images, or one with CIFAR's python files.
+    """Images of `config.source`: a name in `DATASETS`, a folder of images, tar shards, or a Hugging Face set.
+
+    A folder may also be one with CIFAR's python files. Shards are a tar, a pattern or folder of tars, or their URL.
 
     Example:
         >>> load_data(DataConfig(source="digits")).train.images.shape
@@ -52,6 +57,10 @@ def load_data(config: DataConfig) -> Splits:
         raise ValueError("this run's images were handed over by a program; hand them over again with data=...")
     if config.source in DATASETS:
         return DATASETS[config.source](config)
+    if is_hugging_face(config.source):
+        return load_hugging_face(config.source, config)
+    if is_shards(config.source):
+        return load_shards(config.source, config)
     folder = Path(config.source).expanduser()
     if folder.is_dir():
         read = cifar_folder(folder)
@@ -59,5 +68,6 @@ def load_data(config: DataConfig) -> Splits:
     close = difflib.get_close_matches(config.source, DATASETS, n=1)
     raise ValueError(
         f"data source {config.source!r} {'is a file' if folder.exists() else 'does not exist'}; expected one of"
-        f" {', '.join(DATASETS)}, or a folder of images" + (f"; did you mean {close[0]!r}?" if close else "")
+        f" {', '.join(DATASETS)}, or a folder of images or tar shards"
+        + (f"; did you mean {close[0]!r}?" if close else "")
     )

@@ -1,11 +1,10 @@
 """One image file to uint8 pixels, whatever the file holds, or a `BadImage` that names it."""
 
-import os
-import stat
+import io
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from moco.data.members import open_image
 from moco.transforms import pixels_of
 
 try:
@@ -22,6 +22,8 @@ except (ImportError, RuntimeError, OSError):  # an older version, or one whose l
 
 # Pillow's other readers are never asked: some of them start programs (EPS), none is a format of image sets.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+ORIENTATION = 0x0112
+"""EXIF's tag; from 5 on the picture lies on its side."""
 
 
 class BadImage(ValueError):
@@ -52,10 +54,8 @@ def quiet_pillow() -> Generator[None]:
 def _open(path: str) -> Generator[tuple[BinaryIO, Image.Image]]:
     """Everything that Pillow's readers raise on broken files, and they raise anything, becomes a `BadImage`."""
     try:
-        # Opening a pipe that has an image's name would wait for ever; anything but a file is an error right here.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise BadImage(path, "not a file")
+        with open_image(path) as file:
+            _refuse_large_webp(path, file)
             with Image.open(file, formats=FORMATS) as image:
                 yield file, image
     except BadImage:
@@ -73,10 +73,36 @@ def _open(path: str) -> Generator[tuple[BinaryIO, Image.Image]]:
         raise BadImage(path, f"{type(error).__name__}: {error}") from None
 
 
-def check_header(path: str) -> None:
-    """Raises `BadImage` if not even the header can be read. Call inside `quiet_pillow`."""
-    with _open(path):
-        pass
+def _refuse_large_webp(path: str, file: io.BufferedIOBase) -> None:
+    """Before Pillow, which asks for the whole canvas of a WebP file as soon as it opens it."""
+    head = file.read(30)
+    file.seek(0)
+    if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":
+        width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
+        if width * height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+            raise Image.DecompressionBombError
+
+
+def check_header(path: str) -> tuple[int, int]:
+    """Height and width as they stand in the file, before any turning. Call inside `quiet_pillow`.
+
+    Raises:
+        BadImage: not even the header can be read.
+    """
+    with _open(path) as (_, image):
+        return image.height, image.width
+
+
+class Decoded(NamedTuple):
+    """Pixels of a file, and what it holds."""
+
+    pixels: UInt8[np.ndarray, "c h w"]
+    """Of one in `shrink` of the file's pixels in each direction; at the right and bottom of part of so many."""
+    height: int
+    """Of the whole picture, upright."""
+    width: int
+    shrink: int
+    """1, 2, 4 or 8."""
 
 
 def decode(path: str, channels: int) -> UInt8[np.ndarray, "c h w"]:
@@ -84,23 +110,50 @@ def decode(path: str, channels: int) -> UInt8[np.ndarray, "c h w"]:
 
     Call inside `quiet_pillow`. Of several frames (GIF, TIFF) it is the first. Colour to grey is by Rec. 601 luma.
 
+    Args:
+        path: the file; or one in a tar, or a row, as `open_image` takes it.
+        channels: 1 or 3.
+
     Raises:
         BadImage: the file is missing, broken, cut off, too large, or holds floating-point pixels.
     """
+    return decode_shrunk(path, channels, lambda height, width: 1).pixels
+
+
+def decode_shrunk(path: str, channels: int, shrink: Callable[[int, int], int]) -> Decoded:
+    """As `decode`; of a JPEG only as many pixels as are wanted, by the smaller inverse transforms of its blocks.
+
+    Args:
+        path: the file; or one in a tar, or a row, as `open_image` takes it.
+        channels: 1 or 3.
+        shrink: (upright height, width) -> 1, 2, 4 or 8: one pixel in each direction for so many. Of other formats than
+            JPEG all pixels come, for there is nothing to be saved.
+
+    Raises:
+        BadImage: as `decode`.
+    """
     with _open(path) as (file, image):
-        plain = image.format == "JPEG" and image.mode == "RGB" and channels == 3 and "xmp" not in image.info
-        if plain and decode_jpeg is not None:
-            # As Pillow decodes, upright too, in two thirds of the time. Pillow has checked the size. This decoder
-            # knows EXIF's orientation, not XMP's.
+        height, width = image.height, image.width
+        jpeg, factor = image.format in ("JPEG", "MPO"), 1  # MPO: what cameras add further pictures to
+        if jpeg:
+            if {"exif", "xmp"} & image.info.keys() and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):
+                height, width = width, height
+            factor = shrink(height, width)
+        # As Pillow decodes, upright too, in a quarter to two thirds of the time. Pillow has checked the size. This
+        # decoder knows EXIF's orientation, not XMP's, and cannot shrink.
+        if jpeg and factor == 1 and decode_jpeg and image.mode == "RGB" and channels == 3 and "xmp" not in image.info:
             file.seek(0)
             try:
                 pixels = decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8))
             except RuntimeError as error:
                 raise BadImage(path, f"broken or cut off ({str(error).splitlines()[-1]})") from None
             assert isinstance(pixels, Tensor)
-            return pixels.numpy()
+            return Decoded(pixels.numpy(), height, width, 1)
+        if factor > 1:
+            image.draft(image.mode, (image.width // factor, image.height // factor))
         ImageOps.exif_transpose(image, in_place=True)
-        return pixels_of(image, channels)
+        found = pixels_of(image, channels)
+        return Decoded(found, height if jpeg else found.shape[1], width if jpeg else found.shape[2], factor)
 
 
 def luma(images: UInt8[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 1 h w"]:

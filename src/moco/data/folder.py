@@ -16,9 +16,11 @@ from torch import Tensor
 
 from moco.config import DataConfig
 from moco.data.arrays import ArrayImages
-from moco.data.decode import BadImage, check_header, decode, quiet_pillow
+from moco.data.cache import Cached, cached
+from moco.data.decode import BadImage, Decoded, check_header, decode, decode_shrunk, quiet_pillow
+from moco.data.index import SUFFIXES
+from moco.transforms import Box, crop_resize, shrink_of, shrunk_box
 
-SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif"))
 SMALL_SIDE = 64
 """Images of one size up to this many pixels a side are decoded once and held, if `data.memory` allows."""
 NUM_CHECKED = 100_000
@@ -41,6 +43,8 @@ class FileImages:
     skipped: tuple[str, ...] = ()
     """Files that could not be read and are not among the images."""
     channels: int = 3
+    cache: Cached | None = None
+    """Where the pixels lie decoded and shrunk already; the files are then not opened any more."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -53,14 +57,39 @@ class FileImages:
             BadImage: the file cannot be read.
         """
         with quiet_pillow():
-            return torch.from_numpy(decode(self.paths[index], self.channels))
+            return torch.from_numpy(self._pixels(index))
+
+    def crops(
+        self, index: int, boxes: Callable[[int, int], Sequence[Box]], *, size: int
+    ) -> list[UInt8[Tensor, "c s s"]]:
+        """Views of one image from one decoding, of as few pixels as do them no harm. Call inside `quiet_pillow`.
+
+        Args:
+            index: of the image.
+            boxes: (height, width) -> the crop of each view.
+            size: side of a view.
+
+        Raises:
+            BadImage: the file cannot be read.
+        """
+        if self.cache is None:
+            read = decode_shrunk(self.paths[index], self.channels, lambda *sides: shrink_of(boxes(*sides), size))
+        else:
+            pixels = self._pixels(index)
+            read = Decoded(pixels, *pixels.shape[1:], 1)
+        image = torch.from_numpy(read.pixels)
+        cut = [shrunk_box(box, read.shrink, *image.shape[1:]) for box in boxes(read.height, read.width)]
+        return [crop_resize(image, box, size=size) for box in cut]
+
+    def _pixels(self, index: int) -> UInt8[np.ndarray, "c h w"]:
+        return decode(self.paths[index], self.channels) if self.cache is None else self.cache.pixels(index)
 
     def decode_many(self, indices: Sequence[int]) -> list[UInt8[Tensor, "_ _ _"] | BadImage]:
         """Pixels of some images by several threads, in order; in place of an unreadable one, why it is."""
 
         def read(index: int) -> Tensor | BadImage:
             try:
-                return torch.from_numpy(decode(self.paths[index], self.channels))
+                return torch.from_numpy(self._pixels(index))
             except BadImage as bad:
                 return bad
 
@@ -76,6 +105,7 @@ class FileImages:
             classes=self.classes,
             skipped=self.skipped,
             channels=self.channels,
+            cache=None if self.cache is None else self.cache.select(chosen),
         )
 
 
@@ -191,9 +221,13 @@ def _read(listing: _Listing, folder: Path, config: DataConfig, budget: float) ->
     if not paths:
         raise ValueError(f"no images in {str(folder)!r}; expected files ending in {', '.join(sorted(SUFFIXES))}")
     bad: dict[int, BadImage] = {}
+    cache = None
     with quiet_pillow():
         pixels = _read_small(paths, config.channels, budget, bad)
-        if pixels is None and len(paths) <= NUM_CHECKED:
+        if pixels is None and config.cache:
+            side, channels = config.cache_side, config.channels
+            cache, bad = cached(paths, folder.resolve(), folder=config.cache, side=side, channels=channels)
+        elif pixels is None and len(paths) <= NUM_CHECKED:
             bad |= _failures(paths, check_header)
     report_bad(list(bad.values()), len(paths), config.max_bad)
     good = [i for i in range(len(paths)) if i not in bad]
@@ -203,7 +237,7 @@ def _read(listing: _Listing, folder: Path, config: DataConfig, budget: float) ->
     known = None if labels is None else torch.tensor(labels)[good]
     skipped = tuple(paths[i] for i in sorted(bad))
     if pixels is None:
-        return FileImages(kept, known, classes, skipped, config.channels)
+        return FileImages(kept, known, classes, skipped, config.channels, cache and cache.select(torch.tensor(good)))
     return ArrayImages(torch.from_numpy(pixels), known, classes, kept, skipped)
 
 
@@ -254,7 +288,7 @@ def _shape(path: str, channels: int) -> tuple[int, ...] | None:
         return None
 
 
-def _failures(items: Sequence[Any], work: Callable[[Any], None]) -> dict[int, BadImage]:
+def _failures(items: Sequence[Any], work: Callable[[Any], object]) -> dict[int, BadImage]:
     """Does `work` on every item by several threads; returns what failed, by position."""
 
     def chunk(start: int) -> Iterable[tuple[int, BadImage]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from moco.data.arrays import ArrayImages
 from moco.data.decode import luma
 from moco.data.folder import FileImages, Images
+from moco.spacing import evenly
 from moco.transforms import pixels_of
 
 
@@ -83,3 +84,8 @@ def _from_sequence(given: Any, channels: int) -> tuple[Tensor, Tensor | None]:
     # Datasets mark a picture without label by None or -1.
     labelled = len(labels) == len(pictures) and min(labels) >= 0
     return torch.stack(pictures), torch.tensor(labels) if labelled else None
+
+
+def some_of(images: Images, most: int) -> Images:
+    """All images, or so many at even distances."""
+    return images if len(images) <= most else images.select(evenly(len(images), most).tolist())

@@ -7,23 +7,42 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, final
+from functools import partial
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from moco.data.arrays import ArrayImages
-from moco.data.decode import BadImage
+from moco.data.decode import BadImage, quiet_pillow
 from moco.data.folder import NUM_NAMED, FileImages, Images
-from moco.transforms import centred
+from moco.data.shards import windowed
+from moco.transforms import Box, centred
 
 DECODED_AT_ONCE = 32
 """Full-size pictures held at a time when they are only wanted small."""
 
+MAX_WORKERS = 16
+"""Reading processes that are started unasked; so many feed a GPU, and each holds batches in memory."""
+
 Crop = Callable[[UInt8[Tensor, "c h w"], int, int], UInt8[Tensor, "v c s s"]]
 """(image, id, epoch) -> its views."""
+
+
+@runtime_checkable
+class Boxes(Protocol):
+    """Crops that are known before an image is decoded, so that no more of it is decoded than they need."""
+
+    @property
+    def size(self) -> int:
+        """Side of a view."""
+        ...
+
+    def boxes(self, ids: Int64[Tensor, " n"], *, epoch: int) -> Callable[[int, int, int], list[Box]]:
+        """(place among the ids, height, width of that image) -> the crop of each of its views."""
+        ...
 
 
 def epoch_order(num_images: int, *, seed: int, epoch: int) -> Int64[Tensor, " n"]:
@@ -40,11 +59,12 @@ class Loader:
         images: `ArrayImages` are moved to the device once and indexed there; `FileImages` are read by worker processes.
         batch_size: Images per step over all ranks. What is left at the end of an epoch is dropped.
         seed: Of the order.
-        device: Where `ArrayImages` are kept. Batches of files stay in host memory, pinned if the device is a GPU.
+        device: Where `ArrayImages` are kept. Batches of files are brought there if it is a CUDA device.
         rank: Image i of a global batch belongs to rank i mod `world_size`.
         world_size: Number of ranks.
-        workers: Reading processes; 0 reads in this one; not given: one less than the cores.
-        crop: (image, id, epoch) -> views [v, c, s, s]; runs in the workers, needed for `FileImages` only.
+        workers: Reading processes; 0 reads in this one; not given: one less than this rank's share of the cores.
+        crop: What makes views [v, c, s, s] in the workers: `Boxes`, as `TwoViews` are, or a function (image, id,
+            epoch) of a decoded image. Needed for `FileImages` only.
         max_bad: Largest fraction of images that may prove unreadable.
 
     Raises:
@@ -61,7 +81,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         workers: int | None = None,
-        crop: Crop | None = None,
+        crop: Crop | Boxes | None = None,
         max_bad: float = 0.01,
     ):
         if batch_size > len(images):
@@ -75,9 +95,10 @@ class Loader:
         """Files that failed when they were read, in the order of discovery."""
         self._images, self._batch_size, self._seed, self._device = images, batch_size, seed, device
         self._rank, self._world_size, self._crop, self._max_bad = rank, world_size, crop, max_bad
-        self._workers = max(1, _num_cores() - 1) if workers is None else workers
+        self._workers = num_workers(world_size) if workers is None else workers
         self._pixels = images.images.to(device) if isinstance(images, ArrayImages) else None
         self._wait_seconds = 0.0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and self._pixels is None else None
 
     @property
     def wait_seconds(self) -> float:
@@ -88,7 +109,8 @@ class Loader:
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[UInt8[Tensor, "..."], Int64[Tensor, " n"]]]:
         """This rank's batches from step `start` on: uint8 images and their ids (positions in the image set).
 
-        `ArrayImages` give [n, c, h, w] on the device, `FileImages` [n, v, c, s, s] in host memory, as all ids are.
+        `ArrayImages` give [n, c, h, w] on the device, `FileImages` [n, v, c, s, s] there or in host memory, where all
+        ids are.
         An unreadable file is replaced by the next readable one of the order, which then also gives its id.
 
         Raises:
@@ -97,7 +119,7 @@ class Loader:
         order = epoch_order(len(self._images), seed=self._seed, epoch=epoch)
         if self._pixels is not None:
             return self._from_memory(self._pixels, order, start)
-        return self._from_files(order, epoch, start)
+        return self._from_files(windowed(order, self._images.paths), epoch, start)
 
     def _positions(self, step: int) -> slice:
         """Places in the order that this rank has at a step."""
@@ -138,10 +160,21 @@ class Loader:
                 if batch is None:
                     return
                 self._record(batch.bad)
-                yield batch.images, batch.ids
+                yield self._moved(batch.images), batch.ids
         finally:
             # Ends the workers now, not when somebody lets go of an error's traceback.
             del iterator
+
+    def _moved(self, images: Tensor) -> Tensor:
+        """On a GPU already when it is needed: copied from pinned memory while the step before is still computed."""
+        if self._stream is None:
+            return images
+        with torch.cuda.stream(self._stream):
+            images = images.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        images.record_stream(current)  # else its memory could be given away while the step still reads it
+        return images
 
     def _record(self, bad: list[BadImage]) -> None:
         log = logging.getLogger("moco")
@@ -172,7 +205,7 @@ class _Batch(NamedTuple):
 class _Reader(Dataset[_Batch]):
     """Whole batches by their places in the order; nothing in it is random."""
 
-    def __init__(self, images: FileImages, order: Int64[Tensor, " n"], crop: Crop, epoch: int, max_bad: float):
+    def __init__(self, images: FileImages, order: Int64[Tensor, " n"], crop: Crop | Boxes, epoch: int, max_bad: float):
         self._images, self._order, self._crop, self._epoch = images, order, crop, epoch
         # With more failures in a row the parent stops anyway.
         self._attempts = min(len(order), int(max_bad * len(order)) + 2)
@@ -180,20 +213,35 @@ class _Reader(Dataset[_Batch]):
     def __getitem__(self, index: Sequence[int]) -> _Batch:
         """The batch at these places in the order."""
         bad: list[BadImage] = []
-        read = [self._first_readable(position, bad) for position in index]
-        good = [item for item in read if item is not None]
-        images = torch.stack([views for views, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
+        wanted = self._order[torch.as_tensor(index)]
+        with quiet_pillow():
+            read = self._read(wanted)
+            found = [self._first_readable(read, place, position, bad) for place, position in enumerate(index)]
+        good = [item for item in found if item is not None]
+        if not good:
+            return _Batch(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), bad)
+        # One copy, into the memory that is shared with the parent; the channels of a pixel stay together in it.
+        flat = default_collate([view.permute(1, 2, 0) for views, _ in good for view in views])
+        images = flat.unflatten(0, (len(good), -1)).permute(0, 1, 4, 2, 3)
         return _Batch(images, torch.tensor([id for _, id in good], dtype=torch.int64), bad)
 
-    def _first_readable(self, position: int, bad: list[BadImage]) -> tuple[Tensor, int] | None:
+    def _read(self, ids: Int64[Tensor, " n"]) -> Callable[[int], Sequence[Tensor]]:
+        """Place among the ids -> the views of that image. What can be drawn for all at once is drawn here."""
+        crop = self._crop
+        if isinstance(crop, Boxes):
+            boxes = crop.boxes(ids, epoch=self._epoch)
+            return lambda place: self._images.crops(int(ids[place]), partial(boxes, place), size=crop.size)
+        return lambda place: crop(self._images.decode(int(ids[place])), int(ids[place]), self._epoch).unbind()
+
+    def _first_readable(
+        self, read: Callable[[int], Sequence[Tensor]], place: int, position: int, bad: list[BadImage]
+    ) -> tuple[Sequence[Tensor], int] | None:
         for attempt in range(self._attempts):
-            id = int(self._order[(position + attempt) % len(self._order)])
+            id = self._order[(position + attempt) % len(self._order)]
             try:
-                image = self._images.decode(id)
+                return (self._read(id[None])(0) if attempt else read(place)), int(id)
             except BadImage as error:
                 bad.append(error)
-            else:
-                return self._crop(image, id, self._epoch), id
         return None
 
 
@@ -203,6 +251,12 @@ def _unchanged(batch: Any) -> Any:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_workers(world_size: int) -> int:
+    """This rank's share of the cores, one less: it works too."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(world_size, max(1, torch.accelerator.device_count()))
+    return min(MAX_WORKERS, max(1, _num_cores() // here - 1))
 
 
 def _context() -> str | None:

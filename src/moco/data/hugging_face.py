@@ -1,0 +1,95 @@
+"""Image sets of the Hugging Face hub by name, `hf:NAME`, or from a folder that `save_to_disk` wrote.
+
+A row is read by its path, `hf:NAME/PART/ROW`, and decoded by us like any file.
+"""
+
+import importlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco.config import DataConfig
+from moco.data.folder import FileImages, Splits
+from moco.data.members import HUGGING_FACE
+
+HELD_OUT = ("test", "validation", "valid", "val")
+
+
+def is_hugging_face(source: str) -> bool:
+    """Whether it is `hf:NAME`, or a folder of that kind."""
+    folder = Path(source).expanduser()
+    saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return source.startswith(HUGGING_FACE) or saved or (folder / "dataset_dict.json").is_file()
+
+
+def load_hugging_face(source: str, config: DataConfig) -> Splits:
+    """Images of the first column of images, labels of the first column of classes.
+
+    Raises:
+        ValueError: the extra is not installed, there is no such set, or it has no images.
+    """
+    name = str(Path(source).expanduser()) if not source.startswith(HUGGING_FACE) else source[len(HUGGING_FACE) :]
+    parts = _parts(name)
+    train = "train" if "train" in parts else next(iter(parts))
+    test = next((part for part in HELD_OUT if part in parts and part != train), None)
+    first = _images(name, train, config)
+    return Splits(first, None if test is None else _images(name, test, config))
+
+
+def read_row(path: str) -> bytes:
+    """The image file of `hf:NAME/PART/ROW`.
+
+    Raises:
+        OSError: the row holds none.
+        ValueError: as `load_hugging_face`.
+    """
+    name, part, row = path.removeprefix(HUGGING_FACE).rsplit("/", 2)
+    rows, column = _images_of(name, part)
+    try:
+        image = rows[int(row)][column]
+    except (IndexError, ValueError):
+        image = None
+    if image and image["bytes"] is not None:
+        return image["bytes"]
+    if image and image["path"]:
+        return Path(image["path"]).read_bytes()
+    raise FileNotFoundError(2, "the row holds no image", path)
+
+
+def _images(name: str, part: str, config: DataConfig) -> FileImages:
+    (rows, _), library = _images_of(name, part), _library(name)
+    paths = tuple(f"{HUGGING_FACE}{name}/{part}/{row}" for row in range(len(rows)))
+    column = next((key for key, feature in rows.features.items() if isinstance(feature, library.ClassLabel)), None)
+    labels = None if column is None else torch.tensor(rows.with_format("numpy")[column][:], dtype=torch.int64)
+    if column is None or labels is None or (labels < 0).any():  # -1 where a set keeps its labels to itself
+        return FileImages(paths, None, None, (), config.channels)
+    return FileImages(paths, labels, tuple(rows.features[column].names), (), config.channels)
+
+
+@lru_cache(maxsize=64)
+def _images_of(name: str, part: str) -> tuple[Any, str]:
+    """Rows of a part with images as their files, and the column of these."""
+    library, rows = _library(name), _parts(name)[part]
+    column = next((key for key, feature in rows.features.items() if isinstance(feature, library.Image)), None)
+    if column is None:
+        raise ValueError(f"hf:{name} has no column of images, it has {', '.join(rows.features)}")
+    return rows.cast_column(column, library.Image(decode=False)), column
+
+
+@lru_cache(maxsize=16)
+def _parts(name: str) -> dict[str, Any]:
+    library = _library(name)
+    try:
+        found = library.load_from_disk(name) if Path(name).is_dir() else library.load_dataset(name)
+    except Exception as error:  # whatever the hub, the network or the files raise
+        raise ValueError(f"hf:{name} cannot be loaded ({' '.join(str(error).split())})") from None
+    return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError:
+        raise ValueError(f"hf:{name} needs the extra hf: pip install moco-ssl[hf]") from None

@@ -1,0 +1,179 @@
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import moco.data.cache
+from moco.config import DataConfig
+from moco.data import FileImages, Loader, load_data
+from moco.views import VIEWS, TwoViews
+
+
+def photos(folder: Path, count: int = 6) -> Path:
+    """Of several shapes; 0 is small, 1 lies on its side."""
+    folder.mkdir()
+    for i in range(count):
+        size = (30, 40) if i == 0 else (100 + 20 * i, 90 + i)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if i == 1 else 1
+        Image.effect_noise(size, 30 + 5 * i).convert("RGB").save(folder / f"{i}.jpg", quality=90, exif=exif)
+    return folder
+
+
+def load(folder: Path, cache: Path | None, *, cache_side: int = 64, max_bad: float = 0.5) -> FileImages:
+    config = DataConfig(source=str(folder), cache=cache, cache_side=cache_side, max_bad=max_bad)
+    train = load_data(config).train
+    assert isinstance(train, FileImages)
+    return train
+
+
+def written(cache: Path) -> dict[Path, int]:
+    """Pixel files and when they were made."""
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*.pixels")}
+
+
+def test_a_cache_holds_upright_images_of_the_short_side_and_small_ones_as_they_are(tmp_path):
+    files, cached = (
+        load(photos(tmp_path / "in") if make else tmp_path / "in", cache)
+        for make, cache in ((True, None), (False, tmp_path / "cache"))
+    )
+    assert cached.paths == files.paths and len(list((tmp_path / "cache").glob("in-*"))) == 1
+    for i in range(6):
+        whole, got = files.decode(i), cached.decode(i)
+        short = min(whole.shape[1:])
+        size = whole.shape[1:] if i == 0 else (whole.shape[1] * 64 // short, whole.shape[2] * 64 // short)
+        want = F.interpolate(whole[None], size=tuple(size), mode="bilinear", antialias=True)[0]
+        assert got.shape == want.shape and (got.int() - want.int()).abs().max() <= 1
+        got.add_(1)  # a copy, as any decoded image
+        (again,) = cached.decode_many([i])
+        assert isinstance(again, torch.Tensor) and torch.equal(again, cached.decode(i))
+    picked = cached.select([4, 2])
+    assert torch.equal(picked.decode(1), cached.decode(2)) and torch.equal(
+        picked.select([0]).decode(0), cached.decode(4)
+    )
+
+
+def test_the_files_are_not_opened_again_by_a_later_run(tmp_path, monkeypatch):
+    first = load(photos(tmp_path / "in"), tmp_path / "cache")
+    made = written(tmp_path / "cache")
+    monkeypatch.setattr(moco.data.cache, "decode_shrunk", lambda *_: pytest.fail("decoded again"))
+    again = load(tmp_path / "in", tmp_path / "cache")
+    assert written(tmp_path / "cache") == made and torch.equal(again.decode(3), first.decode(3))
+
+
+@pytest.mark.parametrize("change", ["content", "time", "name", "one more", "spoilt", "side"])
+def test_a_cache_that_is_not_of_these_files_is_made_anew(change, tmp_path):
+    folder, cache, settings = photos(tmp_path / "in"), tmp_path / "cache", {}
+    load(folder, cache)
+    (pixels,) = written(cache)
+    if change == "content":
+        Image.new("RGB", (80, 80), (9, 9, 9)).save(folder / "3.jpg")
+    elif change == "time":
+        os.utime(folder / "3.jpg", ns=(1, 1))
+    elif change == "name":
+        (folder / "3.jpg").rename(folder / "9.jpg")
+    elif change == "one more":
+        Image.new("RGB", (80, 80)).save(folder / "7.png")
+    elif change == "spoilt":
+        pixels.write_bytes(pixels.read_bytes()[:-1])
+    else:
+        settings = {"cache_side": 32}
+    now, files = load(folder, cache, **settings), load(folder, None)
+    assert now.paths == files.paths and len(written(cache)) == (2 if change == "side" else 1)
+    assert change == "spoilt" or written(cache).keys() != {pixels}
+    for i in range(len(files)):
+        short = min(32 if change == "side" else 64, *files.decode(i).shape[1:])
+        assert min(now.decode(i).shape[1:]) == short
+        assert abs(float(now.decode(i).float().mean() - files.decode(i).float().mean())) < 1
+
+
+def test_a_cache_whose_making_was_stopped_goes_on(tmp_path, monkeypatch):
+    folder, real, read = photos(tmp_path / "in", 9), moco.data.cache.decode_shrunk, []
+    want = load(folder, tmp_path / "whole")
+    monkeypatch.setattr(moco.data.cache, "CHUNK", 2)
+
+    def stops(path: str, *rest):
+        read.append(Path(path).name)
+        if path.endswith("5.jpg"):
+            raise KeyboardInterrupt
+        return real(path, *rest)
+
+    monkeypatch.setattr(moco.data.cache, "decode_shrunk", stops)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder, tmp_path / "cache")
+    assert not written(tmp_path / "cache")
+    # As a kill leaves it: pixels beyond the last row, and a part of a row.
+    for part in (tmp_path / "cache").rglob("*.part"):
+        with part.open("ab") as file:
+            file.write(b"half")
+    read.clear()
+    monkeypatch.setattr(moco.data.cache, "decode_shrunk", lambda *given: (read.append(given[0]), real(*given))[1])
+    got = load(folder, tmp_path / "cache")
+    assert sorted(Path(each).name for each in read) == [f"{i}.jpg" for i in range(4, 9)]
+    assert all(torch.equal(got.decode(i), want.decode(i)) for i in range(9))
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_unreadable_files_are_left_out_named_and_remembered(tmp_path, caplog):
+    folder = photos(tmp_path / "in")
+    (folder / "2.jpg").write_bytes((folder / "2.jpg").read_bytes()[:700])
+    (folder / "4.jpg").write_text("<html>")
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="moco"):
+            train = load(folder, tmp_path / "cache")
+        assert [Path(path).name for path in train.paths] == ["0.jpg", "1.jpg", "3.jpg", "5.jpg"]
+        assert [Path(path).name for path in train.skipped] == ["2.jpg", "4.jpg"] and len(caplog.records) == 2
+        assert min(train.decode(2).shape[1:]) == 64
+    with pytest.raises(ValueError, match="2 of 6 files cannot be read"):
+        load(folder, tmp_path / "cache", max_bad=0.1)
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_too_little_room_is_said_before_anything_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(moco.data.cache.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 10_000))
+    monkeypatch.setattr(moco.data.cache, "decode_shrunk", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="free; expected about 0.0 for 6 images.*lower --data.cache_side 64"):
+        load(photos(tmp_path / "in"), tmp_path / "cache")
+
+
+def test_a_disk_that_fills_up_or_a_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch):
+    folder = photos(tmp_path / "in")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="cannot be written.*another folder"):
+        load(folder, tmp_path / "file" / "cache")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(moco.data.cache, "_sync", full)
+    with pytest.raises(ValueError, match="No space left on device.*goes on from there") as caught:
+        load(folder, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_views_of_a_cache_are_those_of_the_files_at_that_size(tmp_path):
+    """The same boxes relative to the image; what differs is what shrinking first takes away."""
+    files, cached = load(photos(tmp_path / "in"), None), load(tmp_path / "in", tmp_path / "cache")
+    views, cpu = TwoViews(VIEWS["v2"](), 24), torch.device("cpu")
+    for workers in (0, 1):
+        pairs = (
+            next(iter(Loader(each, batch_size=6, seed=0, device=cpu, workers=workers, crop=views).epoch(0)))
+            for each in (files, cached)
+        )
+        (direct, ids), (shrunk, same) = pairs
+        assert torch.equal(ids, same) and shrunk.shape == direct.shape == (6, 2, 3, 24, 24)
+        difference = (direct.int() - shrunk.int()).abs().float().mean(dim=(1, 2, 3, 4))
+        assert difference.max() < 12 and difference[ids == 0] == 0
+        assert np.allclose(direct.float().mean(dim=(1, 2, 3, 4)), shrunk.float().mean(dim=(1, 2, 3, 4)), atol=2.5)
