@@ -39,6 +39,10 @@ import matplotlib.figure, numpy, sklearn.cluster, sklearn.datasets, sklearn.mani
 import moco.auto, moco.explore.app, moco.explore.saved, moco.pretrain
 from moco.cli import main
 
+# Pictures take seconds of each run, and have tests of their own.
+loop = sys.modules["moco.pretrain"]
+loop.draw_start = loop.draw_results = lambda *_, **__: None
+
 for line in sys.stdin:
     folder, arguments = json.loads(line)
     child = os.fork()

@@ -100,6 +100,54 @@ def test_two_processes_share_an_interleaved_batch(pair: Pair) -> None:
         assert each["auto"] == ["shuffle", "shuffle", "sync"]
 
 
+def exchanged() -> dict[str, Any]:
+    rank, world = dist.rank(), dist.world_size()
+    batch = torch.arange(20.0).view(10, 2, 1, 1).expand(10, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(4))
+    mine = dist.local(batch)
+    there = dist.exchange(mine, order)
+    back = dist.exchange(there, order, back=True)
+    return {
+        "there": torch.equal(there, batch[order][rank::world]),
+        "back": torch.equal(back, mine),
+        "layout": there.is_contiguous(memory_format=torch.channels_last),
+        "agreed": [dist.agree(word, mine.device) for word in (rank, 7 - rank)],
+        "said": dist.everyone(f"I am {rank}"),
+        "first": dist.first(lambda: {"rank": dist.rank()}),
+    }
+
+
+@two_processes
+def test_rows_go_where_they_are_wanted_and_ranks_agree(pair: Pair) -> None:
+    for answer in pair(exchanged):
+        assert answer["there"] and answer["back"] and answer["layout"]
+        assert answer["agreed"] == [1, 7]
+        assert answer["said"] == ["I am 0", "I am 1"]
+        assert answer["first"] == {"rank": 0}
+    alone = exchanged()
+    assert alone["there"] and alone["back"]
+    assert (alone["agreed"], alone["said"], alone["first"]) == ([0, 7], ["I am 0"], {"rank": 0})
+
+
+def failed(first: bool) -> str:
+    try:
+        if first:
+            dist.first(lambda: torch.zeros(2).reshape(3))
+        else:
+            dist.fail_together(OSError("no room\non the disk") if dist.rank() else None)
+    except (RuntimeError, OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@two_processes
+def test_what_goes_wrong_on_one_rank_is_said_on_all(pair: Pair) -> None:
+    told, own = pair(failed, False)
+    assert told == "ValueError: process 1 stopped: no room on the disk" and own == "OSError: no room\non the disk"
+    own, told = pair(failed, True)
+    assert own.startswith("RuntimeError: shape") and told.startswith("RuntimeError: process 0 stopped: shape")
+
+
 # Batch norm
 
 

@@ -1,5 +1,7 @@
+import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Generator
@@ -10,7 +12,17 @@ import torch
 
 from moco import engine
 from moco.config import EngineConfig
-from moco.engine import Stopped, StopSignal, build_fabric, choose_precision, cpu_has_bf16, resolve
+from moco.engine import (
+    Stopped,
+    StopSignal,
+    build_fabric,
+    choose_precision,
+    cpu_has_bf16,
+    part_in_order,
+    processes,
+    resolve,
+)
+from moco.launch import Launch, check_started, launched
 
 CPU = torch.device("cpu")
 
@@ -120,7 +132,100 @@ def test_deterministic_asks_torch_for_it(threads: None, tmp_path: Path, monkeypa
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("known", ["in use", "nobody there"])
+def test_processes_that_do_not_meet_say_why(known: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in (("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+            monkeypatch.setenv(name, value)
+        if known == "in use":
+            with pytest.raises(ValueError, match=rf"^port {port} is in use; .* set MASTER_PORT, or torchrun's"):
+                fabric(tmp_path, devices=2, threads=1)
+            return
+
+        def unreached(*arguments: object, **named: object) -> None:
+            raise torch.distributed.DistNetworkError("timed out\nand more")
+
+        monkeypatch.setattr(torch.distributed, "init_process_group", unreached)
+        with pytest.raises(
+            ValueError, match=rf"^the processes did not meet at 127.0.0.1:{port} \(timed out\); did all"
+        ):
+            fabric(tmp_path, devices=2, threads=1)
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}
+SLURM = {"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_JOB_ID": "7"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch"),
+    [
+        ({}, Launch("alone", 0)),
+        (TORCHRUN, Launch("torchrun", 9, 8, 2)),
+        (SLURM | {"SLURM_STEP_ID": "0"}, Launch("slurm", 3, 8, 2)),
+        (SLURM | {"SLURM_STEP_ID": "0"} | TORCHRUN, Launch("torchrun", 9, 8, 2)),
+        (SLURM | {"SLURM_JOB_NAME": "bash"}, Launch("alone", 0)),
+        (SLURM | {"SLURM_NTASKS": "1"}, Launch("alone", 0)),
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, Launch("first", 1)),
+    ],
+)
+def test_who_started_a_process_is_known_from_its_environment(environment: dict[str, str], launch: Launch) -> None:
+    assert launched(environment) == launch
+    check_started(environment)
+
+
+def test_a_job_of_slurms_without_srun_is_told_to_use_it() -> None:
+    with pytest.raises(ValueError, match="^SLURM gave this job 16 tasks and started this process once; put srun"):
+        check_started(SLURM)
+
+
+def test_torchrun_overrules_the_settings_and_threads_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = EngineConfig(accelerator="cpu", devices=3)
+    assert (processes(config), resolve(config).threads) == ((3, 1), 4)
+    assert processes(EngineConfig(accelerator="cpu")) == (1, 1)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert (processes(config), resolve(config).threads) == ((8, 2), 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "12")
+    assert resolve(config).threads == 12
+
+
 # Signals
+
+
+def test_a_job_whose_time_is_nearly_over_is_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = tmp_path / "told"
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/sh\necho "$@" >> {told}\n[ "$2" != 8 ] || {{ echo no such job >&2; exit 1; }}\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with StopSignal() as signals:
+        signal.raise_signal(signal.SIGUSR1)
+    assert signals.received == signal.SIGUSR1
+    part_in_order(Stopped(signal.SIGUSR1, tmp_path))  # not of SLURM's
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    part_in_order(Stopped(signal.SIGTERM, tmp_path))  # SLURM itself queues what it has preempted
+    assert not told.exists()
+    with caplog.at_level(logging.INFO, logger="moco"):
+        part_in_order(Stopped(signal.SIGUSR1, tmp_path))
+        monkeypatch.setenv("SLURM_JOB_ID", "8")
+        part_in_order(Stopped(signal.SIGUSR1, tmp_path))
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+        part_in_order(Stopped(signal.SIGUSR1, tmp_path))
+    assert told.read_text() == "requeue 7\nrequeue 8\nrequeue 5_2\n"
+    assert [record.getMessage() for record in caplog.records] == [
+        "job 7 is queued again",
+        "job 8 could not be put back into the queue: no such job",
+        "job 5_2 is queued again",
+    ]
 
 
 def handlers() -> list[object]:

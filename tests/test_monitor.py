@@ -276,8 +276,10 @@ def test_what_goes_wrong_is_cautioned_against() -> None:
     large = cautions(config, 10_000, mask_own=False)
     assert len(large) == 1 and "the queue holds 41% of the images" in large[0] and "--model.queue_size" in large[0]
     assert cautions(config, 10_000, mask_own=True) == []
-    v3 = {"variant": "v3", "queue_size": 0, "batchnorm": "plain"}
-    assert cautions(merge(config, {"model": v3}), 100, mask_own=False) == []
+    v3 = {"model": {"variant": "v3", "queue_size": 0, "batchnorm": "plain"}}
+    assert cautions(merge(config, v3), 100, mask_own=False) == []
+    parts = cautions(merge(config, v3 | {"optim": {"accumulate": 2}}), 100, mask_own=False)
+    assert len(parts) == 1 and parts[0].startswith("v3 in 2 parts: an image's negatives")
 
 
 def test_the_machine_is_described() -> None:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import moco
-from moco import backbones
+from moco import backbones, dist
 from moco.config import PretrainConfig, parse_config
 from moco.optim import key_momentum, learning_rate
 from moco.run import Run
 from moco.variants import loss_range
+from small import SmallBackbone
 
 BATCH, QUEUE = 16, 40
 IMAGES = torch.randint(0, 256, (64, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -38,8 +39,8 @@ class Pixels(nn.Module):
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds, and have tests of their own."""
     module = importlib.import_module("moco.pretrain")
-    for name in ("draw_results", "draw_views", "refresh", "report"):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    for name in ("draw_results", "draw_start", "refresh"):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,48 @@ def test_a_step_in_parts_is_the_same_step(symmetric: bool, tmp_path: Path) -> No
         else:
             assert torch.equal(parts[name], value), name
     assert (whole["queue.ids"] >= 0).all()
+
+
+def test_parts_with_groups_are_the_whole_with_as_many_groups_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images i, i + 2, ... of a batch in one part: two groups of each are four of the whole, if keys stay in theirs."""
+    monkeypatch.setitem(backbones.BACKBONES, "small", lambda in_channels: SmallBackbone())
+
+    def state(name: str, splits: int, parts: int) -> Any:
+        model = {"backbone": "small", "batchnorm": "split", "bn_splits": splits}
+        changed = {"model": model, "optim": {"accumulate": parts}}
+        return state_after(tmp_path / name, 4, changed)["model"]
+
+    parts = state("parts", 2, 2)
+
+    def orders_of_parts(n: int, device: torch.device, generator: torch.Generator) -> Tensor:
+        halves = [torch.randperm(n // 2, generator=generator) for _ in range(2)]
+        return torch.stack([2 * half + number for number, half in enumerate(halves)], dim=1).flatten()
+
+    monkeypatch.setattr(dist, "permutation", orders_of_parts)
+    whole = state("whole", 4, 1)
+    for name, value in whole.items():
+        if value.is_floating_point() and "running" not in name:  # those move once a part
+            torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-10, msg=name)
+
+
+def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("killed before its first checkpoint")
+    for steps in (2, 3, 3):
+        found = moco.pretrain(settings(steps=steps), out=run, resume=run, data=IMAGES)
+        assert [row["step"] for row in found.metrics] == list(range(1, steps + 1))
+    for changed in ({"optim": {"base_lr": 0.5}}, {"engine": {"precision": "fp32"}}):
+        (section, inner), *_ = changed.items()
+        (name, value), *_ = inner.items()
+        with pytest.raises(ValueError, match=rf"was begun with --{section}.{name} .*, now it is {value}; go on with"):
+            moco.pretrain(settings(changed), out=run, resume=run, data=IMAGES)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(FileExistsError):
+        moco.pretrain(settings(), out=tmp_path / "other", resume=tmp_path / "other", data=IMAGES)
 
 
 def test_the_key_encoder_follows_by_one_momentum_step(tmp_path: Path) -> None:

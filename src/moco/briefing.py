@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moco import dist
 from moco.config import PretrainConfig
 from moco.model import MoCo
 from moco.variants import choose_batchnorm, loss_range
@@ -37,6 +38,10 @@ def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float,
         f"batch norm: {meaning}",
         f"loss: {chance:.2f} is chance, {floor:.2f} the floor with orthogonal negatives; it rises as the queue fills",
     ]
+    if (world := dist.world_size()) > 1:
+        lines.append(
+            f"processes: {world}, each with {config.batch_size // world} of a batch's {config.batch_size} images"
+        )
     if settings.queue_size:
         share = f"queue: {settings.queue_size:,} keys, {settings.queue_size / num_images:.0%} of the images"
         lines.append(share + ("; an image's own older keys are left out of its negatives" if mask_own else ""))
@@ -50,6 +55,11 @@ def cautions(config: PretrainConfig, num_images: int, *, mask_own: bool) -> list
         found.append(
             "plain batch norm with a queue: the statistics of a batch tell which key belongs to a query, and training "
             "can stop learning; --model.batchnorm auto avoids it"
+        )
+    if settings.variant == "v3" and config.optim.accumulate > 1:
+        found.append(
+            f"v3 in {config.optim.accumulate} parts: an image's negatives and batch norm's statistics are of its part, "
+            "not of the batch; --optim.accumulate 1 and more processes keep the batch whole"
         )
     if settings.queue_size > 0.1 * num_images and not mask_own:
         found.append(

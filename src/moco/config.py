@@ -3,6 +3,7 @@
 Nothing here imports torch, so that help, unknown flags and wrong values answer at once.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,13 +25,18 @@ class DataConfig(Section):
     """Which images, and how they are read."""
 
     source: Annotated[str, Field(min_length=1)] = "digits"
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, or a folder: with class subfolders, without, `train/` + `test/`."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder (with class subfolders, without, `train/` +
+    `test/`), tar shards, a URL of such, or `hf:NAME`."""
     size: Count | None = None
     """Side in pixels at which images are looked at when features are taken; not given: that of the views."""
     channels: Literal[1, 3] = 3
     """Channels the encoder sees; grey images are repeated to 3, colour ones averaged to 1."""
     memory: Annotated[float, Field(gt=0)] = 2.0
     """GiB that decoded images may take; a larger set is read from disk at every epoch."""
+    cache: Path | None = None
+    """Folder to keep decoded images in, shrunk to `cache_side`; not given: files are decoded at every epoch."""
+    cache_side: Count = 256
+    """Short side in pixels that cached images are shrunk to; smaller ones stay as they are."""
     max_bad: Fraction = 0.01
     """Largest fraction of unreadable files that is skipped; above it the run stops with the list."""
     workers: Annotated[int, Field(ge=0)] | None = None
@@ -55,8 +61,8 @@ class ModelConfig(Section):
     """`v1` (linear head), `v2` (two-layer head) or `v3` (no queue, predictor, symmetric loss)."""
     backbone: str = "resnet50"
     """A timm or torchvision name, or `vit-small-v3`, `vit-base-v3`, `vit-conv-small-v3`, `vit-conv-base-v3`."""
-    stem: Literal["imagenet", "small"] = "imagenet"
-    """`small` replaces a ResNet's 7x7/2 convolution and pooling by a 3x3/1 convolution (images under 64 pixels)."""
+    stem: Literal["imagenet", "small", "small-pad2", "small-linear"] = "imagenet"
+    """`small`: a ResNet's with a 3x3/1 convolution, no pooling (under 64 pixels); two odd ones: docs/checkpoints.md."""
     pretrained: bool = False
     """Start the backbone from timm's published weights."""
     head: Literal["variant", "linear", "mlp", "mlp_bn"] = "variant"
@@ -137,9 +143,9 @@ class EngineConfig(Section):
     accelerator: str = "auto"
     """`cpu`, `cuda`, `mps`, or any accelerator Lightning Fabric knows."""
     devices: Count | Literal["auto"] = "auto"
-    """Devices per node; `auto`: all there are of the accelerator, one process on CPU."""
+    """Processes per node, one a device; `auto`: all devices there are, one process on CPU. torchrun and SLURM say."""
     nodes: Count = 1
-    """Machines; each is started by torchrun or SLURM."""
+    """Machines; torchrun and SLURM say."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """Of the encoder's arithmetic; weights, logits and averages stay fp32. `auto`: bf16 where it is fast."""
     channels_last: bool | None = None
@@ -147,42 +153,45 @@ class EngineConfig(Section):
     compile: bool = False
     """torch.compile the encoders; never needed for correctness."""
     threads: Count | None = None
-    """CPU threads; not given: torch's choice. Stored in the run, for bit-equal resume."""
+    """CPU threads of a process; not given: torch's choice, shared. Stored in the run, for bit-equal resume."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time (CUDA; CPU always does)."""
 
 
 class EvaluateConfig(Section):
-    """How an encoder is measured; what is not given is the published setting of the protocol."""
+    """How an encoder is measured; what is not given is the published setting of the protocol.
+
+    A setting that the protocol does not look at is refused; which each takes stands with it.
+    """
 
     form: str | None = None
     """Of `linear`: `fast`, `official`, `v3` or `leftthomas`, not given `fast`; of `finetune`: `resnet` or `vit`."""
     features: Literal["features", "projection"] = "features"
-    """What kNN looks at: the backbone's output, or the projector's, which runs of this program hold."""
+    """`knn`: what it looks at, the backbone's output or the projector's, which runs of this program hold."""
     k: Count | None = None
-    """Neighbours that vote; not given: as in the run, or 200."""
+    """`knn`: neighbours that vote; not given: as in the run, or 200."""
     temperature: Annotated[float, Field(gt=0)] | None = None
-    """A neighbour's vote is exp(similarity / temperature); not given: as in the run, or 0.1."""
+    """`knn`: a neighbour's vote is exp(similarity / temperature); not given: as in the run, or 0.1."""
     labels: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of the training labels that is used: as many of each class, the same images for the same seed."""
+    """All but `health`: fraction of the training labels that is used: as many of each class, chosen by the seed."""
     epochs: Count | None = None
-    """Passes over the labelled images."""
+    """`linear`, `finetune`: passes over the labelled images."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Learning rate per 256 images, in place of the protocol's."""
+    """`linear`, `finetune`: rate per 256 images; of `leftthomas` as it is; of `fast` 1 is as fast as is safe."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """In place of the protocol's."""
+    """`linear` in every form, `finetune`: in place of the form's; of `fast` in place of a choice among six."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """`finetune`: each layer learns at so many times the rate of the one above it; not given: the form's."""
     from_scratch: bool = False
     """`finetune`: start the same network at random, to see what the pre-training is worth."""
     batch_size: Annotated[int, Field(ge=2)] | None = None
-    """Images per step."""
+    """`linear`, `finetune`: images per step."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Everything random follows from it."""
     accelerator: str = "auto"
     """`cpu`, `cuda`, `mps`; `auto`: the fastest that is there."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """Of the encoder's arithmetic; `auto`: bf16 where it is fast."""
+    """Of the encoder's arithmetic; `auto`: fp32 for published forms of `linear`, else the run's, or bf16 if fast."""
 
 
 class PretrainConfig(Section):
@@ -211,6 +220,19 @@ class PretrainConfig(Section):
     def _fits_together(self) -> "PretrainConfig":
         check(self)
         return self
+
+
+CONTINUABLE = (
+    "steps",
+    "data.source",
+    "data.workers",
+    "monitor.save_every",
+    "engine.accelerator",
+    "engine.devices",
+    "engine.nodes",
+    "engine.threads",
+)
+"""What may differ when a run is continued: where and how often, never what is computed."""
 
 
 def check(config: PretrainConfig) -> None:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moco.launch import launched
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -157,9 +159,23 @@ def report_run(run: Path, results: dict[str, dict[str, float]]) -> None:
 
 
 def report_evaluation(
-    title: str, figures: dict[str, float], per_class: dict[str, float], notes: Sequence[str], written: Path | None
+    title: str,
+    figures: dict[str, float],
+    per_class: dict[str, float],
+    notes: Sequence[str],
+    written: Path | None,
+    mixups: Sequence[tuple[str, str, int]] = (),
 ) -> None:
-    """Figures, classes and remarks of a protocol, and where they were written, without suffix."""
+    """Figures, classes and remarks of a protocol, and where they were written, without suffix.
+
+    Args:
+        title: above the figures.
+        figures: by name.
+        per_class: accuracies in percent.
+        notes: in words.
+        written: where, or None.
+        mixups: class, what its images were taken for, and how many were.
+    """
     rows = [(name, f"{value:.4g}" if abs(value) < 10 else f"{value:.2f}") for name, value in figures.items()]
     print_table(title, ("measure", ""), rows)
     if 1 < len(per_class) <= MAX_CLASSES:
@@ -167,6 +183,9 @@ def report_evaluation(
     elif per_class:
         worst = sorted(per_class.items(), key=lambda item: item[1])[:5]
         say(f"Hardest classes: {', '.join(f'{name} {value:.1f} %' for name, value in worst)}.", _stdout())
+    if mixups:
+        words = (f"{own} for {other} {count:,} {'time' if count == 1 else 'times'}" for own, other, count in mixups)
+        say(f"Most often taken for another: {', '.join(words)}.", _stdout())
     for note in notes:
         say(note, _stdout())
     if written:
@@ -175,8 +194,9 @@ def report_evaluation(
 
 @contextmanager
 def heard() -> Generator[None]:
-    """What the library says goes to stderr while a command runs."""
-    logger, handler = logging.getLogger("moco"), _ToStderr()
+    """What the library says goes to stderr while a command runs; of the processes of a run the first speaks."""
+    logger = logging.getLogger("moco")
+    handler = _ToStderr() if launched().rank == 0 else logging.NullHandler()
     level, propagate = logger.level, logger.propagate
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     logger.addHandler(handler)

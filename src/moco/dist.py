@@ -1,13 +1,18 @@
-"""Collectives that are the identity on one process.
+"""Collectives that are the identity on one process, and how several act as one.
 
 The order of a global batch is interleaved: image `i` of rank `r` is number `i * world_size + r`. Taking every s-th
 image of the global batch as a batch-norm group then means the same on one process and on many.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as torch_dist
 from jaxtyping import Int64, Shaped
 from torch import Tensor
+
+Answer = TypeVar("Answer")
 
 
 def world_size() -> int:
@@ -41,6 +46,40 @@ def permutation(n: int, device: torch.device, generator: torch.Generator | None)
     return order
 
 
+def global_permutation(n: int, device: torch.device, generator: torch.Generator | None) -> Int64[Tensor, " n"]:
+    """The same on the CPU, for `exchange`; with a generator the device is not waited for."""
+    return permutation(n, torch.device("cpu") if generator else device, generator).cpu()
+
+
+def exchange(x: Shaped[Tensor, "n ..."], order: Int64[Tensor, " m"], *, back: bool = False) -> Shaped[Tensor, "n ..."]:
+    """This rank's rows of the global batch in another order: each rank is sent the rows it is to have, and no others.
+
+    `gather` sends all rows to all ranks: of 32 images a rank on 64 ranks that is 64 times as much. Works backwards
+    too: `exchange(exchange(x, order), order, back=True)` is `x`. No gradient flows through.
+
+    Args:
+        x: rows of this rank; every rank gives equally many.
+        order: on the CPU and the same on all ranks; row p of the new global batch is row `order[p]` of the old.
+        back: from the new order to the old.
+    """
+    here, world, x = rank(), world_size(), x.detach()
+    order = order.argsort() if back else order
+    if world == 1:
+        return x[order.to(x.device, non_blocking=True)]
+    # Row j lives on rank j mod world, there at j // world.
+    asked = [order[to::world] for to in range(world)]
+    leaving = [rows[rows % world == here] // world for rows in asked]
+    arriving = [(asked[here] % world == source).nonzero().flatten() for source in range(world)]
+    travelled = x.new_empty(x.shape)
+    torch_dist.all_to_all_single(
+        travelled,
+        x[torch.cat(leaving).to(x.device, non_blocking=True)].contiguous(),
+        output_split_sizes=[len(places) for places in arriving],
+        input_split_sizes=[len(rows) for rows in leaving],
+    )
+    return torch.empty_like(x).index_copy_(0, torch.cat(arriving).to(x.device, non_blocking=True), travelled)
+
+
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -58,3 +97,57 @@ class _AllReduceSum(torch.autograd.Function):
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks; differentiable, on any device and dtype."""
     return x if world_size() == 1 else _AllReduceSum.apply(x)
+
+
+def agree(word: int, device: torch.device) -> int:
+    """The largest of all ranks' words: one number each, and the host waits for it."""
+    if world_size() == 1:
+        return word
+    words = torch.tensor([word], device=device)
+    torch_dist.all_reduce(words, op=torch_dist.ReduceOp.MAX)
+    return int(words)
+
+
+def everyone(text: str) -> list[str]:
+    """What each rank says, by rank."""
+    said: list[Any] = [text] * world_size()
+    if world_size() > 1:
+        torch_dist.all_gather_object(said, text)
+    return said
+
+
+def fail_together(error: Exception | None) -> None:
+    """All ranks stop for what went wrong on one of them; to be called by all, with None where nothing did.
+
+    Raises:
+        Exception: `error`, where there is one; elsewhere a ValueError that says on which rank, and what.
+    """
+    said = everyone("" if error is None else " ".join(str(error).split()) or type(error).__name__)
+    if error is not None:
+        raise error
+    for number, text in enumerate(said):
+        if text:
+            raise ValueError(f"process {number} stopped: {text}")
+
+
+def first(work: Callable[[], Answer]) -> Answer:
+    """Done by rank 0 alone; the answer on all ranks, which wait for it.
+
+    Raises:
+        Exception: that of `work`; on the other ranks a RuntimeError with its text.
+    """
+    if world_size() == 1:
+        return work()
+    answer: list[Any] = [None, ""]
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            answer[0] = work()
+        except Exception as caught:
+            error, answer[1] = caught, " ".join(str(caught).split()) or type(caught).__name__
+    torch_dist.broadcast_object_list(answer, src=0)
+    if error is not None:
+        raise error
+    if answer[1]:
+        raise RuntimeError(f"process 0 stopped: {answer[1]}")
+    return answer[0]

@@ -1,10 +1,12 @@
-"""EngineConfig -> Lightning Fabric: devices, nodes, precision; and the signals that stop a run in good order."""
+"""EngineConfig -> Lightning Fabric: devices, nodes, precision; and how a run of several processes stops as one."""
 
 import inspect
 import logging
 import os
 import signal
+import subprocess
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +17,13 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.accelerators import ACCELERATOR_REGISTRY
 from lightning_fabric.loggers import TensorBoardLogger
+from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from moco import dist
 from moco.config import EngineConfig
+from moco.launch import Launch, check_started, launched
 
 Precision = Literal["fp32", "bf16", "fp64"]
 _FABRIC_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
@@ -29,7 +33,11 @@ _FABRIC_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
     "fp64": "32-true",
 }
 ASK_EVERY = 10
-"""Steps between two questions among ranks whether one of them was told to stop."""
+"""Steps between two questions among ranks whether one of them has to stop or save."""
+FAILED = 1_000
+"""The answer if one of them cannot go on; signals are smaller numbers."""
+PARTING = 20.0
+"""Seconds for which a process that the first one started waits for that to leave before it."""
 
 
 class Stopped(Exception):
@@ -89,10 +97,31 @@ def resolve(config: EngineConfig) -> EngineConfig:
         raise ValueError("engine.accelerator is 'mps', but this is no Apple GPU; use --engine.accelerator cpu")
     precision = choose_precision(accelerator) if config.precision == "auto" else config.precision
     layout = precision == "bf16" if config.channels_last is None else config.channels_last
-    threads = config.threads or torch.get_num_threads()
+    threads = config.threads or threads_each(config.model_copy(update={"accelerator": accelerator}))
     return config.model_copy(
         update={"accelerator": accelerator, "precision": precision, "channels_last": layout, "threads": threads}
     )
+
+
+def processes(config: EngineConfig) -> tuple[int, int]:
+    """Processes per node, and nodes: as torchrun or SLURM started them, else as the settings say.
+
+    Args:
+        config: its accelerator is resolved.
+    """
+    launch = launched()
+    if launch.per_node and launch.nodes:
+        return launch.per_node, launch.nodes
+    if config.devices != "auto":
+        return config.devices, config.nodes
+    name = "cuda" if config.accelerator == "gpu" else config.accelerator
+    return 1 if name == "cpu" else max(1, ACCELERATOR_REGISTRY.get(name).auto_device_count()), config.nodes
+
+
+def threads_each(config: EngineConfig) -> int:
+    """CPU threads of one process: torch's choice, shared among those of this machine unless somebody has chosen."""
+    here, _ = processes(config)
+    return torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() // here)
 
 
 def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -> Fabric:
@@ -102,31 +131,85 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
         config: resolved.
         loggers: names of loggers besides metrics.csv.
         folder: of the run, where loggers write.
+
+    Raises:
+        ValueError: the processes cannot meet: their port is in use, the first cannot be reached, or SLURM's srun was
+            left out.
     """
+    check_started()
     torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    devices = 1 if config.accelerator == "cpu" and config.devices == "auto" else config.devices
-    several = config.nodes > 1 or devices != 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    devices, nodes = processes(config)
+    several = nodes > 1 or devices != 1
     with _fabric_unheard():
         fabric = Fabric(
             accelerator=config.accelerator,
             devices=devices,
-            num_nodes=config.nodes,
-            strategy=DDPStrategy(**ddp_options()) if several else "auto",
+            num_nodes=nodes,
+            strategy=DDPStrategy(cluster_environment=_environment(launched()), **ddp_options()) if several else "auto",
             precision=_FABRIC_PRECISION[config.precision],
             loggers=[TensorBoardLogger(folder, name="tensorboard", version="") for _ in loggers],
         )
-    fabric.launch()
+        _launch(fabric)
+    torch.set_num_threads(config.threads or torch.get_num_threads())  # Fabric has ideas of its own
     return fabric
+
+
+def _environment(launch: Launch) -> LightningEnvironment | SLURMEnvironment | TorchElasticEnvironment:
+    """What Fabric would find, but for a job of SLURM's that has one task and is to start the others itself."""
+    if launch.by == "torchrun":
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if launch.by == "slurm" else LightningEnvironment()
+
+
+def _launch(fabric: Fabric) -> None:
+    try:
+        fabric.launch()
+    except torch.distributed.DistError as error:
+        for process in getattr(fabric.strategy.launcher, "procs", ()):  # they would wait for this one for long
+            process.kill()
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise ValueError(
+                f"port {os.environ.get('MASTER_PORT')} is in use; give the processes another to meet at: set "
+                "MASTER_PORT, or torchrun's --master-port"
+            ) from None
+        raise ValueError(f"the processes did not meet at {place} ({_start(error)}); did all of them start?") from None
 
 
 def ddp_options() -> dict[str, Any]:
     """No buffers at each step: all ranks hold the same queue, and sending it costs 33 MB at K = 65,536."""
     # Older torch knows one name only, and newer deprecates it.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    # Gradients lie where they are summed: no copy there and back, and no second set of them.
+    return {"forward_sync_buffers" if renamed else "broadcast_buffers": False, "gradient_as_bucket_view": True}
+
+
+@contextmanager
+def loss_named(path: Path) -> Generator[None]:
+    """What a process says when another has died: one line instead of a collective's innards.
+
+    Args:
+        path: of the run.
+
+    Raises:
+        RuntimeError: another process has ended or does not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if dist.world_size() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise RuntimeError(
+            f"another process of the run has ended or no longer answers, its own message says why; {path} goes on from "
+            f"its last checkpoint: moco pretrain --resume {path}"
+        ) from None
+
+
+def _start(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 @contextmanager
@@ -142,15 +225,20 @@ def _fabric_unheard() -> Generator[None]:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C set a flag that all ranks agree on every few steps; a second Ctrl-C stops at once."""
+    """A signal to stop sets a flag that all ranks agree on every few steps; a second Ctrl-C stops at once.
+
+    SIGTERM, Ctrl-C, and SIGUSR1, by which SLURM tells that a job's time is nearly over.
+    """
 
     def __init__(self) -> None:
         self.received = 0
+        self.failure: Exception | None = None
+        """Why this rank cannot go on; the others hear of it at the next question."""
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
+            for signum in (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if os.name == "posix" else [])):
                 self._before[signum] = signal.signal(signum, self._receive)
         return self
 
@@ -163,15 +251,47 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = signum
 
-    def agreed(self, step: int, *, due: bool, device: torch.device) -> tuple[int, bool]:
+    def agreed(self, step: int, *, due: bool, device: torch.device, at_once: bool = False) -> tuple[int, bool]:
         """The signal to stop for (0: none) and whether a checkpoint is due, the same on all ranks.
 
         The other ranks are asked only every few steps: each question is one word, and makes the host wait.
+
+        Args:
+            step: the same on all ranks, as is `at_once`.
+            due: a checkpoint is, to this rank's mind.
+            device: of this rank.
+            at_once: ask at this step in any case.
+
+        Raises:
+            Exception: the `failure` of a rank.
         """
         if dist.world_size() == 1:
             return self.received, due
-        if step % ASK_EVERY:
+        if step % ASK_EVERY and not at_once:
             return 0, False
-        words = torch.tensor([self.received, int(due)], device=device)
-        torch.distributed.all_reduce(words, op=torch.distributed.ReduceOp.MAX)
-        return int(words[0]), bool(words[1])
+        own = FAILED if self.failure else 1 + self.received if self.received else int(due)
+        word = dist.agree(own, device)
+        if word == FAILED:
+            dist.fail_together(self.failure)
+        return max(0, word - 1), word > 0
+
+
+def part_in_order(stopped: Stopped) -> None:
+    """After a stop, before the processes end: the first puts the job back into SLURM's queue, the others let it leave.
+
+    Who starts processes takes one that ends as a failure, and kills the others.
+    """
+    log, job = logging.getLogger("moco"), os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
+    if dist.rank() == 0 and job and os.name == "posix" and stopped.signum == signal.SIGUSR1:
+        task = os.environ.get("SLURM_ARRAY_TASK_ID")
+        job = f"{job}_{task}" if task else job
+        try:
+            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+            log.info("job %s is queued again", job)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = str(getattr(error, "stderr", "") or error).strip()
+            log.warning("job %s could not be put back into the queue: %s", job, why)
+    if dist.rank() != 0 and launched().by == "first":
+        parent, until = os.getppid(), time.monotonic() + PARTING
+        while os.getppid() == parent and time.monotonic() < until:
+            time.sleep(0.05)

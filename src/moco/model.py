@@ -103,13 +103,13 @@ class MoCo(nn.Module, ABC):
     def _encode_keys(self, view: Images, generator: torch.Generator | None) -> Keys:
         if self.shuffle is None:
             return dist.gather(normalize(self.key_encoder(view)))
-        across = self.shuffle == "ranks"
-        images = dist.gather(view) if across else view
-        order = dist.permutation(len(images), images.device, generator)
-        keys = normalize(self.key_encoder(images[dist.local(order) if across else order]))
-        keys = dist.gather(keys) if across else keys
-        restored = torch.empty_like(keys).index_copy_(0, order, keys)
-        return restored if across else dist.gather(restored)
+        if self.shuffle == "device":
+            order = dist.permutation(len(view), view.device, generator)
+            keys = normalize(self.key_encoder(view[order]))
+            return dist.gather(torch.empty_like(keys).index_copy_(0, order, keys))
+        order = dist.global_permutation(len(view) * dist.world_size(), view.device, generator)
+        keys = dist.gather(normalize(self.key_encoder(dist.exchange(view, order))))
+        return torch.empty_like(keys).index_copy_(0, order.to(keys.device, non_blocking=True), keys)
 
     def _compare(self, query: Tensor, key: Tensor, others: Tensor, excluded: Bool[Tensor, "n k"] | None) -> tuple:
         with torch.autocast(query.device.type, enabled=False):  # similarities never below float32

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from moco import dist
 from moco.config import PretrainConfig
-from moco.data import ArrayImages, Images, Splits
+from moco.data import ArrayImages, Images, Splits, some_of
 from moco.embed import features, pixels
 from moco.encoder import ImageEncoder
 from moco.evaluate import HeldOut, held_out
-from moco.evaluate.health import evenly, measure, two_crops, view_features
+from moco.evaluate.health import measure, two_crops, view_features
 from moco.evaluate.knn import few_label_accuracy, knn_accuracy, projected
 from moco.model import Output
 from moco.views import TwoViews, view_specs
@@ -53,6 +54,8 @@ MAX_SEEN, MIN_SEEN, MAX_HELD = 1_000, 256, 2**28
 as many as fit into so many bytes."""
 FIXED_EPOCH = -1
 """Of those two views, which are the same at every look and no step has."""
+AT_ONCE = 256
+"""Images whose features are taken together, whatever the number of processes: a sum's last bit depends on it."""
 MAX_CLASSES_FEW = 100
 """Few-label accuracy is taken for at most so many classes."""
 
@@ -83,6 +86,10 @@ class Meter:
             "pretext_accuracy": 100 * accuracy,
             "spread": spread,
         }
+
+    def level(self) -> None:
+        """Every rank's sums become their mean over ranks: what is saved then does not depend on how many there were."""
+        self.sums.copy_(dist.all_reduce_sum(self.sums) / dist.world_size())
 
     def finite(self) -> bool:
         """Whether every number so far is one; waits for the device."""
@@ -132,9 +139,36 @@ def spread(keys: Tensor) -> Tensor:
     return keys.std(dim=0).mean() * math.sqrt(keys.shape[1])
 
 
+def shared(images: Images, work: Callable[[Images], Tensor], width: int, device: torch.device) -> Tensor:
+    """What `work` makes of all images, in their order and on the CPU: each rank works on a share, all have the whole.
+
+    Shares are made of the batches that one process would take, so that the result is the same to the last bit.
+
+    Args:
+        images: the same on all ranks.
+        work: images to float32 rows, at least one.
+        width: of a row.
+        device: that ranks talk through.
+    """
+    world, total = dist.world_size(), len(images)
+    if world == 1:
+        return work(images)
+    rounds, out = -(-total // (AT_ONCE * world)), []
+    for start in range(dist.rank() * AT_ONCE, rounds * world * AT_ONCE, world * AT_ONCE):
+        which = range(start, min(start + AT_ONCE, total))
+        rows = torch.zeros(1, AT_ONCE, width)
+        if which:
+            rows[0, : len(which)] = work(images.select(which))
+        out.append(dist.gather(rows.to(device)).cpu().flatten(0, 1))
+    return torch.cat(out)[:total]
+
+
 @dataclass(frozen=True)
 class Monitor:
     """KNN and health of an encoder in training.
+
+    Of several ranks all have to call a method. Each takes a share of the features, the first draws the conclusions, and
+    all are told them.
 
     Args:
         config: of the run.
@@ -160,6 +194,9 @@ class Monitor:
 
     def health(self) -> dict[str, float]:
         """Effective rank, alignment and uniformity of the features of two views that never change."""
+        return dist.first(self._health)
+
+    def _health(self) -> dict[str, float]:
         seen = self.seen if isinstance(self.seen, ArrayImages) else self._crops
         precision = self.config.engine.precision
         found = measure(*view_features(self.encoder, seen, self.views, epoch=FIXED_EPOCH, precision=precision))
@@ -175,33 +212,49 @@ class Monitor:
         """KNN top-1 in percent, of features and of projections."""
         if self.watched is None:
             return {}
-        bank, queries = (self._features(images) for images in self.watched)
-        return {
-            "knn_top1": self._accuracy(bank, queries, self.watched),
-            "knn_projection_top1": self._accuracy(
-                projected(self.projector, bank), projected(self.projector, queries), self.watched
-            ),
-        }
+        held, (bank, queries) = self.watched, [self._features(images) for images in self.watched]
+        return dist.first(
+            lambda: {
+                "knn_top1": self._accuracy(bank, queries, held),
+                "knn_projection_top1": self._accuracy(
+                    projected(self.projector, bank), projected(self.projector, queries), held
+                ),
+            }
+        )
 
     def measure(self) -> dict[str, float]:
         """Accuracies of the encoder on the images of the final table."""
         if self.final is None:
             return {}
-        return self._table_row(*(self._features(images) for images in self.final), self.final)
+        held, (bank, queries) = self.final, [self._features(images) for images in self.final]
+        return dist.first(lambda: self._table_row(bank, queries, held))
 
     def measure_pixels(self) -> dict[str, float]:
         """The same for raw pixels, plain or with the training mean subtracted: the better of both, each time."""
         if self.final is None:
             return {}
-        size = min(self.encoder.input_size, 32)
-        bank, queries = (pixels(images, size=size) for images in self.final)
-        plain = self._table_row(bank, queries, self.final)
-        centre = bank.mean(dim=0)
-        moved = self._table_row(bank - centre, queries - centre, self.final)
-        return {name: max(plain[name], moved[name]) for name in plain}
+        held, size = self.final, min(self.encoder.input_size, 32)
+        width = self.encoder.channels * size * size
+        bank, queries = (shared(images, lambda part: pixels(part, size=size), width, self._device) for images in held)
+
+        def better() -> dict[str, float]:
+            plain, centre = self._table_row(bank, queries, held), bank.mean(dim=0)
+            moved = self._table_row(bank - centre, queries - centre, held)
+            return {name: max(plain[name], moved[name]) for name in plain}
+
+        return dist.first(better)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
 
     def _features(self, images: Images) -> Tensor:
-        return features(self.encoder, images, precision=self.config.engine.precision)
+        encoder, precision = self.encoder, self.config.engine.precision
+
+        def work(part: Images) -> Tensor:
+            return features(encoder, part, batch_size=AT_ONCE, precision=precision)
+
+        return shared(images, work, encoder.num_features, self._device)
 
     def _accuracy(self, bank: Tensor, queries: Tensor, held: HeldOut) -> float:
         watch = self.config.monitor
@@ -226,12 +279,12 @@ def build_monitor(config: PretrainConfig, splits: Splits, encoder: ImageEncoder,
     most = max(MIN_SEEN, min(MAX_SEEN, len(train) // 4))
     if not isinstance(train, ArrayImages):
         most = min(most, max(1, MAX_HELD // (2 * train.channels * size * size)))
-    seen, views = evenly(train, most), TwoViews(view_specs(config.views), size, config.seed)
+    seen, views = some_of(train, most), TwoViews(view_specs(config.views), size, config.seed)
     if train.labels is None or len(train) < 20:
         return Monitor(config, None, None, seen, views, encoder, projector)
-    final = HeldOut(*(evenly(images, MAX_BANK) for images in held_out(splits)))
+    final = HeldOut(*(some_of(images, MAX_BANK) for images in held_out(splits)))
     watched = held_out(splits, use_test=config.monitor.split == "test")
     # The published protocol asks about all test images; the choice of `best` can do with fewer.
-    asked = watched.test if config.monitor.split == "test" else evenly(watched.test, MAX_QUERIES)
-    watched = HeldOut(evenly(watched.train, MAX_BANK), asked)
+    asked = watched.test if config.monitor.split == "test" else some_of(watched.test, MAX_QUERIES)
+    watched = HeldOut(some_of(watched.train, MAX_BANK), asked)
     return Monitor(config, watched, final, seen, views, encoder, projector)

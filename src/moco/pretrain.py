@@ -15,13 +15,16 @@ from moco import checkpoint, dist
 from moco.auto import auto_config
 from moco.batchnorm import average_running_statistics
 from moco.briefing import briefing, cautions, environment
-from moco.config import DataConfig, PretrainConfig, merge
+from moco.config import CONTINUABLE, DataConfig, PretrainConfig, fields, merge, to_yaml
 from moco.data import GIVEN, Splits, as_images, load_data
-from moco.engine import Stopped, StopSignal, build_fabric, resolve
-from moco.explore.report import refresh, report
+from moco.elastic import exactness
+from moco.engine import Stopped, StopSignal, build_fabric, loss_named, part_in_order, resolve
+from moco.explore.report import refresh
+from moco.launch import launched
 from moco.monitor import COLUMNS
 from moco.optim import resolved_lr
-from moco.pictures import draw_results, draw_views
+from moco.pictures import draw_results, draw_start
+from moco.ranks import carried_on, load_alike, share_bad
 from moco.recipes import load_recipe
 from moco.run import MetricsWriter, Run
 from moco.training import Training, prepare
@@ -55,9 +58,10 @@ def pretrain(
         config: a recipe's name, a YAML file or the settings; not given: chosen from `data`, or `digits`.
         out: folder of the run; not given: `runs/` and the recipe's name.
         data: in place of the recipe's images: name or folder, uint8 tensor or array, list of PIL images, Dataset.
-        resume: folder of a run to continue from its last checkpoint, to the same bits as if it had never stopped; or a
-            training checkpoint of the official code, which a new run goes on from by the settings of `config`.
-        on_progress: called each time numbers were read from the device.
+        resume: folder of a run to continue from its last checkpoint, to the same bits as if it had never stopped; the
+            same as `out`: where there is none yet, begin it, so that one call both starts and goes on. Or a training
+            checkpoint of the official code, which a new run goes on from by the settings of `config`.
+        on_progress: called each time numbers were read from the device, on the first process.
 
     Returns:
         The finished run.
@@ -72,77 +76,108 @@ def pretrain(
         >>> run = moco.pretrain("digits", out="runs/first")                                  # doctest: +SKIP
     """
     file = Path(resume) if resume is not None and Path(resume).is_file() else None
-    earlier = None if resume is None or file else Run.open(resume)
     if file and file.parent.name == "checkpoints" and (whole := file.parent.parent / "config.yaml").is_file():
         raise ValueError(f"{file} is of a run, which goes on as a whole: give its folder, --resume {whole.parent}")
     if file and config is None:
         raise ValueError(f"{file} does not hold the settings it was trained with; name the recipe too")
-    config = _settings(config, data, earlier)
+    either = resume is not None and out is not None and Path(out) == Path(resume)
+    ahead = either and not (Path(out or "") / "checkpoints" / "last.ckpt").is_file()
+    earlier = None if resume is None or file or ahead else Run.open(resume)
+    config = _settings(config, data, earlier, again=either)
     path = earlier.path if earlier else Path(out) if out else _free_folder(config)
-    if earlier is None:
+    # A run that was killed before its first checkpoint holds nothing that is not made again.
+    if earlier is None and not (ahead and (path / "config.yaml").is_file()):
         Run.refuse_taken(path)
     state = checkpoint.load(earlier.last) if earlier else None
     source = checkpoint.read_any(file, backbone=config.model.backbone) if file else None
     fabric = build_fabric(config.engine, config.monitor.loggers, path)
-    splits = _images(config, data)
-    training = prepare(config, splits, fabric, fresh=resume is None)
-    if earlier and state:
-        training.restore(state, earlier.last)
-    if source and file:
-        training.adopt(source, file)
-    run = earlier or (Run.create(path, config) if dist.rank() == 0 else Run(path, config))
-    if earlier and dist.rank() == 0:
-        earlier.remove_partial()
-    with run.logged() if dist.rank() == 0 else nullcontext(), StopSignal() as signals:
-        if earlier:
-            log.info("continued at step %d of %d", training.done, training.total)
-        else:
-            _introduce(training, run, splits)
-        table = MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=training.done, active=dist.rank() == 0)
-        with closing(table) as metrics:
-            if earlier is None:
-                training.save(run, metrics, run.last)  # from here on a killed run can be continued
-            _train(training, run, metrics, signals, on_progress or (lambda progress: None))
-        if dist.rank() == 0:
-            run.write_json("results.json", run.results | {"trained encoder": training.monitor.measure()})
-            watch = training.monitor
-            draw_results(run, watch.encoder, watch.projector, splits.train, watch.final)
-            report(run)
+    with loss_named(path):
+        splits = load_alike(lambda: _images(config, data), config)
+        groups = state.get("groups", 0) if state else 0
+        training = prepare(config, splits, fabric, fresh=not (earlier or file), groups=groups)
+        if earlier and state:
+            training.restore(state, earlier.last)
+        if source and file:
+            training.adopt(source, file)
+        run = earlier or Run(path, config)
+        dist.first(run.remove_partial if earlier else lambda: _begin(run))
+        with run.logged() if dist.rank() == 0 else nullcontext(), StopSignal() as signals:
+            try:
+                _work(training, run, splits, state, signals, on_progress or (lambda progress: None))
+            except Stopped as stopped:
+                part_in_order(stopped)
+                raise
     return run
 
 
+def _work(
+    training: Training, run: Run, splits: Splits, state: dict[str, Any] | None, signals: StopSignal, show: Show
+) -> None:
+    """From what is said first to the report; `state`: the checkpoint that is gone on from."""
+    leads = dist.rank() == 0
+    if state is None:
+        _introduce(training, run, splits)
+    elif leads:
+        log.info("continued at step %d of %d", training.done, training.total)
+        before = state.get("processes", 1)
+        if before != dist.world_size():
+            log.info(exactness(training.config, before, state.get("groups", 0), training.groups))
+    if training.done == training.total and "trained encoder" in run.results:  # it had finished
+        return
+    table = MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=training.done, active=leads)
+    with closing(table) as metrics:
+        if state is None:
+            training.save(run, metrics, run.last)  # from here on a killed run can be continued
+        _train(training, run, metrics, signals, show if leads else (lambda progress: None))
+    watch = training.monitor
+    found = watch.measure()
+
+    def conclude() -> None:
+        draw_results(run, watch.encoder, watch.projector, splits.train, watch.final)
+        run.write_json("results.json", run.results | {"trained encoder": found})
+        refresh(run, between=0)
+
+    dist.first(conclude)
+
+
 def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSignal, show: Show) -> None:
-    config, loader = training.config, training.loader
-    first, saved = training.done, time.monotonic()
+    config, loader, device = training.config, training.loader, training.fabric.device
+    first, saved, bad = training.done, time.monotonic(), set[str]()
     training.clock.start()
     while training.done < training.total:
         epoch, start = divmod(training.done, loader.steps_per_epoch)
-        for images, ids in loader.epoch(epoch, start=start):
+        for images, ids in carried_on(loader.epoch(epoch, start=start), training, signals):
             training.step(images, ids, epoch)
             ends_epoch = training.done % loader.steps_per_epoch == 0
             finished = training.done == training.total
             looks = finished or (ends_epoch and config.monitor.every and (epoch + 1) % config.monitor.every == 0)
+            due = time.monotonic() - saved > config.monitor.save_every
+            told, due = signals.agreed(training.done, due=due, device=device, at_once=ends_epoch or finished)
+            if ends_epoch and not training.in_memory:
+                share_bad(loader.bad, bad, num_images=training.num_images, max_bad=config.data.max_bad)
             if looks or training.done % config.monitor.log_every == 0:
                 row = _row(training, look=bool(looks))
                 metrics.write(row)
                 training.fabric.log_dict({k: v for k, v in row.items() if k not in ("step", "epoch")}, training.done)
                 show(Progress(training.done, training.total, epoch, row))
-                if looks and not finished and dist.rank() == 0:
-                    refresh(run)
+                if not finished and dist.rank() == 0 and (refresh(run) or looks):
                     training.clock.start()
                 if config.monitor.split == "heldout" and row.get("knn_top1", -1) > training.best:
                     training.best = row["knn_top1"]
                     training.save(run, metrics, run.best)
-            due = time.monotonic() - saved > config.monitor.save_every
-            told, due = signals.agreed(training.done, due=due, device=training.fabric.device)
+            if dist.world_size() == 1:  # a signal that came while kNN was taken
+                told, due = signals.received, due or time.monotonic() - saved > config.monitor.save_every
             if told or due or finished:
                 training.save(run, metrics, run.last)
                 saved = time.monotonic()
             if told and not finished:
+                if dist.rank() == 0:
+                    refresh(run, between=0, live=False)
                 raise Stopped(told, run.path)
             if finished:
                 break
-    log.info("trained %d steps in %.0f s", training.done - first, training.clock.state()["train_seconds"])
+    if dist.rank() == 0:
+        log.info("trained %d steps in %.0f s", training.done - first, training.clock.state()["train_seconds"])
 
 
 def _row(training: Training, *, look: bool) -> dict[str, float]:
@@ -168,25 +203,41 @@ def _row(training: Training, *, look: bool) -> dict[str, float]:
 
 def _introduce(training: Training, run: Run, splits: Splits) -> None:
     """What is said and measured before the first step."""
-    if dist.rank() != 0:
-        return
     config, monitor = training.config, training.monitor
-    lr = resolved_lr(config.optim, config.batch_size)
-    for line in briefing(config, training.core, training.num_images, lr=lr, mask_own=training.mask_own):
-        log.info(line)
-    for line in cautions(config, training.num_images, mask_own=training.mask_own):
-        log.warning(line)
-    if training.origin:
-        log.info(training.origin)
-    run.write_json("environment.json", environment(training.fabric.device))
+
+    def say() -> None:
+        lr = resolved_lr(config.optim, config.batch_size)
+        for line in briefing(config, training.core, training.num_images, lr=lr, mask_own=training.mask_own):
+            log.info(line)
+        for line in cautions(config, training.num_images, mask_own=training.mask_own):
+            log.warning(line)
+        if training.origin:
+            log.info(training.origin)
+        run.write_json("environment.json", environment(training.fabric.device))
+
+    dist.first(say)
     start = "encoder at the start" if training.origin else "untrained encoder"
-    run.write_json("results.json", {"raw pixels": monitor.measure_pixels(), start: monitor.measure()})
-    draw_views(run, splits.train)
-    refresh(run)
+    results = {"raw pixels": monitor.measure_pixels(), start: monitor.measure()}
+
+    def show() -> None:
+        run.write_json("results.json", results)
+        draw_start(run, splits)
+        refresh(run)
+
+    dist.first(show)
 
 
-def _settings(config: str | Path | PretrainConfig | None, data: Any, earlier: Run | None) -> PretrainConfig:
-    """The settings in force, every choice of the engine made."""
+def _begin(run: Run) -> None:
+    """The folder of a new run."""
+    run.last.parent.mkdir(parents=True, exist_ok=True)
+    run.remove_partial()
+    run.write_text("config.yaml", to_yaml(run.config))
+
+
+def _settings(
+    config: str | Path | PretrainConfig | None, data: Any, earlier: Run | None, *, again: bool = False
+) -> PretrainConfig:
+    """The settings in force, every choice of the engine made; `again`: those of `earlier` have been given anew."""
     if config is None:
         if earlier:
             earlier.refuse_code()
@@ -197,13 +248,34 @@ def _settings(config: str | Path | PretrainConfig | None, data: Any, earlier: Ru
             where = DataConfig(source=str(data)) if isinstance(data, str | Path) else DataConfig()
             given = None if isinstance(data, str | Path) else Splits(as_images(data), None)
             config, reasons = auto_config(where, given)
-            for reason in reasons:
-                log.info(reason)
+            if launched().rank == 0:
+                for reason in reasons:
+                    log.info(reason)
     elif not isinstance(config, PretrainConfig):
         config = load_recipe(str(config))
     if data is not None:
         config = merge(config, {"data": {"source": str(data) if isinstance(data, str | Path) else GIVEN}})
+    if earlier and again:
+        config = _gone_on_with(config, earlier)
     return config.model_copy(update={"engine": resolve(config.engine)})
+
+
+def _gone_on_with(config: PretrainConfig, earlier: Run) -> PretrainConfig:
+    """Settings of a run, but for those that may change while it goes on; the others have to be given as before."""
+    changed: dict[str, Any] = {}
+    for name in fields():
+        section, _, key = name.rpartition(".")
+        given, begun = (getattr(getattr(each, section) if section else each, key) for each in (config, earlier.config))
+        left_open = given in (None, "auto") and name.startswith(("engine.", *CONTINUABLE))
+        if given == begun or left_open:
+            continue
+        if name not in CONTINUABLE:
+            raise ValueError(
+                f"{earlier.path} was begun with --{name} {begun}, now it is {given}; go on with the same settings, or "
+                "give another --out"
+            )
+        changed |= {section: changed.get(section, {}) | {key: given}} if section else {key: given}
+    return merge(earlier.config, changed)
 
 
 def _images(config: PretrainConfig, data: Any) -> Splits:

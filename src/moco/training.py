@@ -13,13 +13,14 @@ from moco import checkpoint, dist, randomness
 from moco.batchnorm import average_running_statistics
 from moco.config import PretrainConfig
 from moco.data import ArrayImages, Loader, Splits
-from moco.encoder import Encoder, ImageEncoder
+from moco.elastic import regrouped
+from moco.encoder import Encoder, ImageEncoder, refuse_size
 from moco.foreign import QUERY_HEAD, Foreign
 from moco.model import MoCo
 from moco.monitor import Clock, Meter, Monitor, build_monitor, spread
 from moco.optim import build_optimizer, key_momentum, learning_rate, set_lr
 from moco.run import MetricsWriter, Run
-from moco.variants import build_model
+from moco.variants import build_model, choose_batchnorm
 from moco.views import TwoViews, view_specs
 
 
@@ -41,6 +42,7 @@ class Training:
     total: int
     meter: Meter
     clock: Clock
+    groups: int  # that batch-norm statistics of a forward pass are taken over, of all ranks; 0: no such groups
     done: int = 0
     best: float = -1.0
     origin: str = ""  # where weights were taken from, in words
@@ -90,9 +92,18 @@ class Training:
         self.core.update(whole([out.keys for out in outs], num_views), momentum=momentum, ids=key_ids)
         self.done += 1
 
+    def spare(self) -> tuple[Tensor, Tensor]:
+        """Black images, for a rank that has none left and goes on until all have agreed to stop."""
+        config, number = self.config, self.config.batch_size // dist.world_size()
+        shape = (number, *([] if self.in_memory else [2]), config.data.channels, config.views.size, config.views.size)
+        device = self.fabric.device if self.in_memory else None
+        return torch.zeros(shape, dtype=torch.uint8, device=device), torch.zeros(number, dtype=torch.int64)
+
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: all that the rest of the run follows from."""
+        """For a checkpoint: all that the rest of the run follows from, whatever the number of processes."""
         return {
+            "processes": dist.world_size(),
+            "groups": self.groups,
             "step": self.done,
             "model": self.core.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -171,16 +182,21 @@ class Training:
         return result
 
     def save(self, run: Run, metrics: MetricsWriter, path: Path) -> None:
+        """Of several ranks the first writes; all have to call this, and all fail if it cannot."""
         average_running_statistics(self.core)
+        self.meter.level()
         if not self.meter.finite():
             raise RuntimeError(
                 f"the loss is not a number before step {self.done}; lower --optim.base_lr, or use --engine.precision "
                 "fp32; nothing was saved over the last checkpoint"
             )
-        if dist.rank() == 0:
+
+        def write() -> None:
             metrics.sync()
             checkpoint.save(path, self.state())
             checkpoint.save_encoder(run.path, self.monitor.encoder)
+
+        dist.first(write)
 
 
 def whole(parts: list[Tensor], num_views: int) -> Shaped[Tensor, "m ..."]:
@@ -194,7 +210,7 @@ def whole(parts: list[Tensor], num_views: int) -> Shaped[Tensor, "m ..."]:
     return torch.stack([part.unflatten(0, shape) for part in parts], dim=2).flatten(0, 3)
 
 
-def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bool = True) -> Training:
+def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bool = True, groups: int = 0) -> Training:
     """Everything a step needs, from the settings and the images; draws the initial weights.
 
     Args:
@@ -202,8 +218,26 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
         splits: its images.
         fabric: launched.
         fresh: false: weights will be restored, so those that the settings start from are not looked for.
+        groups: of batch norm that the run was begun with, kept where the number of processes lets it.
+
+    Raises:
+        ValueError: images or batch that the processes cannot share.
     """
-    train = splits.train
+    train, world = splits.train, dist.world_size()
+    if len(train) < world:
+        raise ValueError(f"{len(train)} images for {world} processes; start at most as many processes as images")
+    part, left = divmod(config.batch_size, world * config.optim.accumulate)
+    if left:
+        raise ValueError(
+            f"batch_size is {config.batch_size}, expected a multiple of the {world} processes x optim.accumulate "
+            f"{config.optim.accumulate}: change --batch_size, or the number of processes"
+        )
+    settings, across, groups = regrouped(config.model, groups)
+    if part == 1 and choose_batchnorm(settings) == "shuffle":
+        raise ValueError(
+            f"batch_size {config.batch_size} is one image for each of {world} processes, of which there are no "
+            "batch-norm statistics; raise --batch_size, or start fewer processes"
+        )
     specs = view_specs(config.views)
     views = TwoViews(specs, config.views.size, config.seed)
     loader = Loader(
@@ -212,14 +246,18 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
         seed=config.seed,
         device=fabric.device,
         rank=dist.rank(),
-        world_size=dist.world_size(),
+        world_size=world,
         workers=config.data.workers,
-        crop=views.crop,
+        crop=views,
         max_bad=config.data.max_bad,
     )
     randomness.seed_everything(config.seed)
     published = config.model.pretrained and fresh and not config.init_from
-    core = build_model(config.model.model_copy(update={"pretrained": published}), channels=config.data.channels)
+    core = build_model(settings.model_copy(update={"pretrained": published}), channels=config.data.channels)
+    if across:
+        core.shuffle = "ranks"
+    for size in {config.views.size, config.data.size or config.views.size}:
+        refuse_size(core.query_encoder.get_submodule("backbone"), size, channels=config.data.channels)
     origin = checkpoint.initialise(core, config) if config.init_from and fresh else ""
     if config.engine.precision == "fp64":
         core = core.double()
@@ -259,5 +297,6 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
         total=min(total, config.steps or total),
         meter=Meter(fabric.device),
         clock=Clock(),
+        groups=groups,
         origin=origin,
     )

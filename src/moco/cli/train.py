@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moco import config as settings
-from moco.config import PretrainConfig
+from moco.config import CONTINUABLE, PretrainConfig
 from moco.console import print_table, progress, report_run, say, stderr
 from moco.flags import Json, flags_of
+from moco.launch import launched
 from moco.recipes import load_recipe, recipe_names, recipe_record, recipe_text
-
-# What may differ when a run is continued: where and how often, never what is computed.
-CONTINUABLE = ("steps", "data.source", "data.workers", "monitor.save_every", "engine.accelerator", "engine.threads")
 
 if TYPE_CHECKING:
     Flags = dict[str, Any]
@@ -41,8 +39,9 @@ def pretrain(
     Args:
         recipe: A name that `moco recipes` lists, or a YAML file.
         out: Folder of the run; it must not exist yet.
-        resume: Folder of a run that was stopped or killed: continue it from its last checkpoint. Or, with a recipe, a
-            training checkpoint of the official code.
+        resume: Folder of a run that was stopped or killed: continue it from its last checkpoint. The same as `--out`:
+            begin it if there is none yet, so that one command starts and goes on. Or, with a recipe, a training
+            checkpoint of the official code.
         print_config: Print every setting in force as YAML, and train nothing.
         flags: Settings that overrule the recipe.
         as_json: Print the results as JSON.
@@ -50,7 +49,7 @@ def pretrain(
     given = flags or {}
     if resume and resume.is_file() and recipe is None:
         raise ValueError(f"{resume} does not hold the settings it was trained with; name the recipe too")
-    continued = resume is not None and not resume.is_file()
+    continued = resume is not None and not resume.is_file() and resume != out
     config = _resumed(resume, recipe, out, given) if resume and continued else _chosen(recipe, given)
     if print_config:
         print(settings.to_yaml(config), end="")
@@ -63,8 +62,11 @@ def pretrain(
             run = train(config, out=out, resume=resume, on_progress=show)
     except Stopped as stopped:
         name = signal.Signals(stopped.signum).name
-        say(f"moco: stopped by {name}; saved; continue with: moco pretrain --resume {quote(str(stopped.path))}")
+        if launched().rank == 0:
+            say(f"moco: stopped by {name}; saved; continue with: moco pretrain --resume {quote(str(stopped.path))}")
         raise SystemExit(128 + stopped.signum) from None
+    if launched().rank != 0:
+        return
     if as_json:
         print(json.dumps({"run": str(run.path), "results": run.results}, indent=2))
     else:
@@ -120,7 +122,7 @@ def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
         from moco.auto import auto_config
 
         config, reasons = auto_config(settings.parse_config({"data": given["data"]}).data)
-        for reason in reasons:
+        for reason in reasons if launched().rank == 0 else ():
             say(reason)
     else:
         config = load_recipe(recipe or "digits")

@@ -1,0 +1,65 @@
+"""How this process came to be: alone, by torchrun, by SLURM, or by the first process of its run. Without torch.
+
+What is known from the environment before processes have found each other; afterwards `moco.dist` says it.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+
+class Launch(NamedTuple):
+    """Who started this process, and beside which others.
+
+    Attributes:
+        by: `torchrun`, `slurm`, `first` (the run's first process started the others), or `alone`.
+        rank: 0 speaks and writes for all.
+        per_node: processes on each machine; None: as the settings say.
+        nodes: machines; likewise.
+    """
+
+    by: Literal["torchrun", "slurm", "first", "alone"]
+    rank: int
+    per_node: int | None = None
+    nodes: int | None = None
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Reads it from the environment.
+
+    Args:
+        environment: variables by name.
+    """
+    here = environment
+    if "TORCHELASTIC_RUN_ID" in here:
+        per_node = int(here["LOCAL_WORLD_SIZE"])
+        return Launch("torchrun", int(here["RANK"]), per_node, int(here["WORLD_SIZE"]) // per_node)
+    if _tasks(here) > 1 and "SLURM_STEP_ID" in here:
+        nodes = int(here.get("SLURM_NNODES", "1"))
+        return Launch("slurm", int(here["SLURM_PROCID"]), _tasks(here) // nodes, nodes)
+    if "LOCAL_RANK" in here:
+        local, node = int(here["LOCAL_RANK"]), int(here.get("NODE_RANK", "0"))
+        return Launch("first", node * max(1, int(here.get("WORLD_SIZE", "1"))) + local)
+    return Launch("alone", int(here.get("NODE_RANK", "0")))
+
+
+def check_started(environment: Mapping[str, str] = os.environ) -> None:
+    """Before a process waits for others that nobody starts.
+
+    Args:
+        environment: variables by name.
+
+    Raises:
+        ValueError: SLURM has several tasks for this job, and this process is none of them.
+    """
+    tasks = _tasks(environment)
+    if tasks > 1 and launched(environment).by == "alone":
+        raise ValueError(
+            f"SLURM gave this job {tasks} tasks and started this process once; put srun in front of the command"
+        )
+
+
+def _tasks(environment: Mapping[str, str]) -> int:
+    """Of a job of SLURM's, unless somebody sits before it."""
+    by_hand = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return 1 if by_hand else int(environment.get("SLURM_NTASKS", "1"))

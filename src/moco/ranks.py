@@ -1,0 +1,122 @@
+"""What the processes of a run settle among themselves: that their images are the same, and that one stops all."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from moco import dist
+from moco.config import PretrainConfig
+from moco.data import ArrayImages, Images, Splits
+from moco.engine import StopSignal
+from moco.training import Training
+
+log = logging.getLogger("moco")
+
+NUM_COMPARED = 256
+"""Images in memory whose pixels are compared, evenly spaced ones of more."""
+
+
+def load_alike(load: Callable[[], Splits], config: PretrainConfig) -> Splits:
+    """Images that are the same on all ranks; each loads its own.
+
+    Args:
+        load: what loads them.
+        config: settings that have to be the same, too.
+
+    Raises:
+        ValueError: on all ranks alike: one could not load them, or has other images or settings.
+    """
+    if dist.world_size() == 1:
+        return load()
+    try:
+        splits, error = load(), None
+    except (ValueError, OSError) as caught:
+        splits, error = None, caught
+    dist.fail_together(error)
+    assert splits is not None
+    for what, own in (("settings", _of_settings(config)), ("images", _of_images(splits))):
+        said = dist.everyone(own)
+        for number, text in enumerate(said):
+            if text != said[0]:
+                raise ValueError(
+                    f"process {number} has other {what} than process 0 ({_shown(text)}, {_shown(said[0])}); "
+                    f"give every process the same {what}"
+                )
+    return splits
+
+
+def _shown(text: str) -> str:
+    return text.rpartition(" ")[0] + " " + text.rpartition(" ")[2][:8]
+
+
+def _of_settings(config: PretrainConfig) -> str:
+    """All but those that say where images lie and what a machine has."""
+    return f"sha256 {hashlib.sha256(config.model_dump_json(exclude={'data', 'engine'}).encode()).hexdigest()}"
+
+
+def _of_images(splits: Splits) -> str:
+    parts = [part for part in splits if part is not None]
+    digest = hashlib.sha256()
+    for part in parts:
+        _add(digest.update, part)
+    return f"{' and '.join(str(len(part)) for part in parts)} of sha256 {digest.hexdigest()}"
+
+
+def _add(update: Callable[[bytes], None], images: Images) -> None:
+    """Names without the folder that all lie in, labels, and some of the pixels that are in memory."""
+    within = len(os.path.commonprefix([os.path.dirname(path) for path in (images.paths[0], images.paths[-1])]))
+    for path in images.paths:
+        update(path[within:].encode("utf-8", "surrogateescape") + b"\0")
+    if images.labels is not None:
+        update(images.labels.numpy())
+        update("\0".join(images.classes or ()).encode("utf-8", "surrogateescape"))
+    if isinstance(images, ArrayImages):
+        chosen = torch.linspace(0, len(images) - 1, min(NUM_COMPARED, len(images))).long()
+        update(images.images[chosen].cpu().contiguous().numpy())
+
+
+def carried_on(
+    batches: Iterator[tuple[Tensor, Tensor]], training: Training, signals: StopSignal
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches; where the images fail one rank of several, black ones until all have agreed to stop.
+
+    The others would wait for it: what it then makes of them is thrown away.
+    """
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        if dist.world_size() == 1:
+            raise
+        signals.failure = error
+        while True:
+            yield training.spare()
+
+
+def share_bad(own: list[str], known: set[str], *, num_images: int, max_bad: float) -> None:
+    """At the end of an epoch: files that any rank could not read count together, and the first names the others'.
+
+    Args:
+        own: files that this rank has met so far.
+        known: those of all ranks in earlier epochs; added to.
+        num_images: of the set.
+        max_bad: largest fraction of them that may prove unreadable.
+
+    Raises:
+        ValueError: on all ranks: there are more.
+    """
+    if dist.world_size() == 1:
+        return
+    bad = {path for said in dist.everyone("\n".join(own)) for path in said.split("\n") if path}
+    new = sorted(bad - known - set(own))
+    known |= bad
+    if new and dist.rank() == 0:
+        log.warning("replaced by the next image on other processes: %d files, first %s", len(new), new[0])
+    if len(bad) > max_bad * num_images:
+        raise ValueError(
+            f"{len(bad)} of {num_images} files could not be read so far, expected at most {max_bad:.2%}; remove them "
+            f"or raise data.max_bad: {', '.join(map(repr, sorted(bad)[:5]))}"
+        )

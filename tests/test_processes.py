@@ -1,0 +1,477 @@
+"""Runs of several processes: the same as of one, and they start, stop, fail and go on together."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import moco
+from distributed import Pair
+from moco import backbones, checkpoint, dist
+from moco.cli import main
+from moco.config import PretrainConfig, merge, parse_config
+from moco.data import ArrayImages, Loader
+from moco.engine import Stopped
+from moco.monitor import AT_ONCE, shared
+from moco.ranks import share_bad
+from moco.run import Run
+from moco.training import Training
+from small import TINY, SmallBackbone
+
+two_processes = pytest.mark.dist
+LOOP = importlib.import_module("moco.pretrain")  # here, so that two processes need not each import it
+BATCH, DIM, QUEUE, STEPS = 32, 8, 96, 12
+IMAGES = [
+    (image, number % 4)
+    for number, image in enumerate(
+        torch.randint(0, 256, (160, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    )
+]
+EXACT: dict[str, Any] = {
+    "epochs": 3,
+    "batch_size": BATCH,
+    "views": {"recipe": "cifar", "size": 8},
+    "model": {"backbone": "small", "dim": DIM, "queue_size": QUEUE, "momentum": 0.9},
+    "monitor": {"knn_k": 20, "log_every": 4, "every": 0, "save_every": 3600},
+    "engine": {"accelerator": "cpu", "precision": "fp64", "threads": 1},
+}
+V3 = {"variant": "v3", "queue_size": 0, "hidden_dim": 16, "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Generator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("pair"), __name__)
+    yield pair
+    pair.close()
+
+
+def wait_for_step(run: Path, step: int, *, at_most: float = 240) -> None:
+    """Until metrics.csv has a row of that step."""
+    end, table = time.monotonic() + at_most, run / "metrics.csv"
+    while time.monotonic() < end:
+        rows = table.read_text().splitlines()[1:] if table.is_file() else []
+        if any(int(row.split(",")[0] or 0) >= step for row in rows if row.count(",") > 5):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} within {at_most} s")
+
+
+def settings(**sections: Any) -> PretrainConfig:
+    return merge(parse_config(EXACT), sections)
+
+
+class Bare(nn.Module):
+    """A backbone without batch norm."""
+
+    num_features = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(192, self.num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(1)).relu()
+
+
+class Payload(TorchDispatchMode):
+    """What this rank hands to collectives: c10d's own operators, those that DDP calls from C++ too."""
+
+    HANDED = {"allreduce_": 0, "broadcast_": 0, "allgather_": 1, "_allgather_base_": 1, "alltoall_base_": 1}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            given = args[self.HANDED[name]]  # another operator than these is an error
+            tensors = [given] if isinstance(given, Tensor) else given
+            self.calls.append((name, sum(each.numel() * each.element_size() for each in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def train(
+    folder: str,
+    sections: dict[str, Any],
+    resume: str | None = None,
+    count: bool = False,
+    images: Any = None,
+) -> dict[str, Any]:
+    """A run without pictures, and what there is of it in memory at its end."""
+    module, kept, sizes = LOOP, {}, []
+    os.environ |= {"LOCAL_RANK": str(dist.rank()), "NODE_RANK": "0"} if dist.world_size() > 1 else {}
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("draw_results", "draw_start", "refresh"):
+            patched.setattr(module, name, lambda *_, **__: None)
+        patched.setitem(backbones.BACKBONES, "small", lambda in_channels: SmallBackbone())
+        patched.setitem(backbones.BACKBONES, "bare", lambda in_channels: Bare())
+        prepare, step, loop, between = module.prepare, Training.step, module._train, Payload()
+
+        def prepared(*arguments: Any, **named: Any) -> Training:
+            kept["training"] = prepare(*arguments, **named)
+            return kept["training"]
+
+        def counted(training: Training, *arguments: Any) -> None:
+            before = len(between.calls)
+            step(training, *arguments)
+            sizes.append((before, len(between.calls)))
+
+        def whole(*arguments: Any) -> None:
+            with between:
+                loop(*arguments)
+
+        patched.setattr(module, "prepare", prepared)
+        if count:
+            patched.setattr(Training, "step", counted)
+            patched.setattr(module, "_train", whole)
+        config = settings(**sections, engine={"devices": dist.world_size()})
+        run = moco.pretrain(config, data=IMAGES if images is None else images, out=folder, resume=resume)
+    training = kept["training"]
+    queue = training.core.queue
+    return {
+        "state": training.core.state_dict(),
+        "queue": queue.keys if queue is not None else None,
+        "rows": run.metrics,
+        "results": run.results,
+        "steps": [between.calls[start:stop] for start, stop in sizes],
+        "between": [between.calls[stop:start] for (_, stop), (start, _) in zip(sizes, sizes[1:], strict=False)],
+        "parameters": sum(p.numel() for p in training.core.parameters() if p.requires_grad),
+        "norms": [
+            (name, module.num_features)
+            for name, module in training.core.named_modules()
+            if type(module).__name__ == "SyncBatchNorm"
+        ],
+        "log": (run.path / "log.txt").read_text(),
+    }
+
+
+def assert_same_weights(one: dict[str, Any], other: dict[str, Any], within: float = 1e-10) -> None:
+    assert one["state"].keys() == other["state"].keys()
+    for name, value in one["state"].items():
+        if not name.endswith("num_batches_tracked"):  # counted by torch's batch norm alone
+            torch.testing.assert_close(value, other["state"][name], rtol=0, atol=within, msg=name)
+
+
+WAYS = {
+    "v2, images exchanged": ({"steps": STEPS}, {"model": {"batchnorm": "split", "bn_splits": 2}}),
+    "v3, statistics of the whole batch": ({"steps": STEPS, "model": V3, "optim": {"name": "lars"}}, {}),
+}
+
+
+@two_processes
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_as_one_and_hand_over_no_more_than_they_must(way: str, pair: Pair, tmp_path: Path) -> None:
+    sections, of_one = WAYS[way]
+    first, second = pair(train, str(tmp_path / "two"), sections, None, True)
+    one = train(str(tmp_path / "one"), sections | of_one)
+    for each in (first, second):
+        assert_same_weights(each, one)
+    for name, value in first["state"].items():
+        assert torch.equal(value, second["state"][name]), name
+    for row, alone in zip(first["rows"], one["rows"], strict=True):
+        for name in ("loss", "positive", "pretext_accuracy", "lr", "key_momentum"):
+            assert row[name] == pytest.approx(alone[name], abs=1e-9), name
+    assert first["results"] == one["results"] and len(one["results"]) == 3
+    # What was handed over, in bytes, of float64: every step the same. DDP settles its buckets in the first two.
+    n, number = BATCH // 2, 8
+    expected = number * first["parameters"]
+    if "v2" in way:
+        expected += number * n * (DIM + 1) + number * n * 3 * 64  # keys and whose they are; images, once
+    else:
+        expected += 2 * number * n * DIM
+        # Sums and squared sums: two views forward through both encoders and the predictor, and back but for the keys.
+        channels = sum(c * (4 if name.startswith("key_encoder") else 8) for name, c in first["norms"])
+        assert first["norms"]
+        expected += number * channels
+    for each in (first, second):
+        assert {sum(size for _, size in step) for step in each["steps"][2:]} == {expected}
+        # Between steps: five sums for each row of metrics.csv, a word every ten steps and where an epoch ends.
+        row, word = ("allreduce_", 5 * 8), ("allreduce_", 8)
+        between = {4: [row], 5: [word], 8: [row], 10: [word]}
+        assert each["between"] == [between.get(step, []) for step in range(1, STEPS)]
+
+
+@two_processes
+def test_a_run_goes_on_on_one_process_and_on_two_again(pair: Pair, tmp_path: Path) -> None:
+    folder = str(tmp_path / "elastic")
+    for model, groups in (({}, 2), (V3, 0)):
+        whole = pair(train, f"{folder}-whole-{groups}", {"steps": 11, "model": model})
+        run = f"{folder}-{groups}"
+        pair(train, run, {"steps": 3, "model": model})
+        alone = train(run, {"steps": 7, "model": model}, run)
+        first, second = pair(train, run, {"steps": 11, "model": model}, run)
+        for each in (first, second):
+            assert_same_weights(each, whole[0])
+            assert "begun on 1 process, now 2: batch, order of images" in each["log"]
+        kept = f"keeps its {groups} groups" if groups else "is over the whole batch as before"
+        assert "begun on 2 processes, now 1: batch, order of images, views, rates, weights" in alone["log"]
+        assert f"batch norm {kept}: exact but for the rounding of sums" in alone["log"]
+        losses = [[row["loss"] for row in each["rows"]] for each in (first, whole[0])]
+        # A resumed run writes a row at the step it had to stop at, as every run does at its end.
+        assert losses[0][-1] == pytest.approx(losses[1][-1], abs=1e-9)
+
+
+@two_processes
+def test_on_as_many_processes_a_resumed_run_has_the_same_bits(pair: Pair, tmp_path: Path) -> None:
+    whole, run = str(tmp_path / "whole"), str(tmp_path / "run")
+    left_alone = pair(train, whole, {"steps": 8})[0]
+    pair(train, run, {"steps": 3})
+    for each in pair(train, run, {"steps": 8}, run):
+        for name, value in each["state"].items():
+            if "running" in name:  # averaged where it was saved, and so rounded once more
+                torch.testing.assert_close(value, left_alone["state"][name], rtol=1e-12, atol=0)
+            else:
+                assert torch.equal(value, left_alone["state"][name]), name
+
+
+@two_processes
+def test_more_groups_than_processes_are_kept_and_fewer_are_owned_up_to(pair: Pair, tmp_path: Path) -> None:
+    four = {"model": {"bn_splits": 4}}
+    whole = train(str(tmp_path / "whole"), four | {"steps": 6})
+    run = str(tmp_path / "run")
+    train(run, four | {"steps": 3})
+    for each in pair(train, run, four | {"steps": 6}, run):
+        assert_same_weights(each, whole)
+    three = {"model": {"bn_splits": 3}}
+    train(str(tmp_path / "three"), three | {"steps": 1})
+    first, _ = pair(train, str(tmp_path / "three"), three | {"steps": 2}, str(tmp_path / "three"))
+    assert "but batch norm is over groups of 16 images from here on, not of 10" in first["log"]
+
+
+def refused(folder: str, sections: dict[str, Any], numbers: list[int]) -> str:
+    """What is said to a rank that has so many of the images."""
+    try:
+        train(folder, sections, None, False, IMAGES[: numbers[dist.rank()]])
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def different_settings(folder: str) -> str:
+    return refused(folder, {"seed": dist.rank(), "steps": 1}, [160, 160])
+
+
+@two_processes
+def test_what_two_processes_cannot_share_is_said_by_both(pair: Pair, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for line in pair(refused, str(folder), {}, [160, 150]):
+        assert line.startswith("process 1 has other images than process 0 (150 of sha256 ")
+        assert line.endswith("; give every process the same images")
+    for line in pair(different_settings, str(folder)):
+        assert line.startswith("process 1 has other settings than process 0 (sha256 ")
+    small = {"batch_size": 2, "model": {"queue_size": 8}}
+    for line in pair(refused, str(folder), small, [1, 1]):
+        assert line == "1 images for 2 processes; start at most as many processes as images"
+    for line in pair(refused, str(folder), small, [160, 160]):
+        assert line.startswith("batch_size 2 is one image for each of 2 processes")
+    assert not folder.exists()
+
+
+def fails_on_one(folder: str) -> str:
+    """The second rank's files prove unreadable after three steps."""
+    deal = Loader.epoch
+
+    def epoch(loader: Loader, number: int, *, start: int = 0) -> Any:
+        for step, batch in enumerate(deal(loader, number, start=start)):
+            if dist.rank() == 1 and step == 3:
+                raise ValueError("9 of 160 files could not be read so far")
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Loader, "epoch", epoch)
+        line = refused(folder, {"monitor": {"save_every": 1e-6}, "model": {"mask_own": False}}, [160, 160])
+    return f"{line}, step {checkpoint.load(Run.open(folder).last)['step']}"
+
+
+@two_processes
+def test_too_many_bad_files_on_one_process_stop_both_and_spoil_no_checkpoint(pair: Pair, tmp_path: Path) -> None:
+    first, second = pair(fails_on_one, str(tmp_path / "run"))
+    assert second == "9 of 160 files could not be read so far, step 0"
+    assert first == f"process 1 stopped: {second}"
+
+
+def from_a_file(folder: str, file: str) -> dict[str, Any]:
+    return train(folder, {"steps": 7, "model": {"mask_own": False}}, file)
+
+
+def told_on_one(folder: str) -> str:
+    """The second rank gets SIGTERM in its third step."""
+    step = Training.step
+
+    def signalled(training: Training, *arguments: Any) -> None:
+        if dist.rank() == 1 and training.done == 2:
+            signal.raise_signal(signal.SIGTERM)
+        step(training, *arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Training, "step", signalled)
+        try:
+            train(folder, {})
+        except Stopped as stopped:
+            return f"{stopped}, step {checkpoint.load(Run.open(folder).last)['step']}"
+    return "nothing"
+
+
+@two_processes
+def test_sigterm_to_one_of_two_saves_and_stops_both(pair: Pair, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert pair(told_on_one, str(run)) == [f"stopped by SIGTERM; {run} is saved, step 5"] * 2
+
+
+@two_processes
+def test_two_processes_go_on_from_a_file_of_the_official_code_as_one_does(pair: Pair, tmp_path: Path) -> None:
+    from test_checkpoint import official
+
+    train(str(tmp_path / "start"), {"steps": 5, "model": {"mask_own": False, "bn_splits": 2}})
+    file = tmp_path / "checkpoint_0000.pth.tar"
+    torch.save(official(Run.open(tmp_path / "start"), epoch=1), file)
+    one = train(str(tmp_path / "one"), {"steps": 7, "model": {"mask_own": False, "bn_splits": 2}}, str(file))
+    for each in pair(from_a_file, str(tmp_path / "two"), str(file)):
+        assert_same_weights(each, one)
+
+
+@two_processes
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_step_in_parts_on_two_processes_is_the_whole_step_on_one(symmetric: bool, pair: Pair, tmp_path: Path) -> None:
+    # Without batch norm, which would see other images together.
+    plain = {"steps": 4, "model": {"backbone": "bare", "batchnorm": "plain", "symmetric": symmetric}}
+    one = train(str(tmp_path / "one"), plain)
+    for each in pair(train, str(tmp_path / "two"), plain | {"optim": {"accumulate": 2}}):
+        assert_same_weights(each, one)
+        assert torch.equal(each["state"]["queue.ids"], one["state"]["queue.ids"])
+
+
+def features_of(number: int) -> dict[str, Tensor]:
+    """Of random images, of which each rank looks at a share."""
+    images = ArrayImages(
+        torch.randint(0, 256, (number, 3, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8),
+        None,
+        None,
+        tuple(map(str, range(number))),
+    )
+    weight = torch.randn(48, 7, generator=torch.Generator().manual_seed(2))
+    seen: list[int] = []
+
+    def work(part: Any) -> Tensor:
+        seen.append(len(part))
+        return torch.cat([batch.flatten(1).float() @ weight for batch in part.images.split(AT_ONCE)])
+
+    return {"features": shared(images, work, 7, torch.device("cpu")), "seen": torch.tensor(sum(seen))}
+
+
+@two_processes
+@pytest.mark.parametrize("number", [1, AT_ONCE + 1, 3 * AT_ONCE - 5])
+def test_features_are_the_same_bits_on_any_number_of_processes(number: int, pair: Pair) -> None:
+    alone = features_of(number)["features"]
+    answers = pair(features_of, number)
+    for each in answers:
+        assert torch.equal(each["features"], alone)
+    assert sum(int(each["seen"]) for each in answers) == number
+    assert number == 1 or all(each["seen"] for each in answers)
+
+
+def bad_on_one(max_bad: float) -> str:
+    """Each rank meets bad files of its own."""
+
+    names, known = [["a.jpg", "b.jpg"], ["b.jpg", "c.jpg", "d.jpg"]][dist.rank()], set[str]()
+    try:
+        share_bad(names, known, num_images=100, max_bad=max_bad)
+    except ValueError as error:
+        return str(error)
+    return " ".join(sorted(known))
+
+
+@two_processes
+def test_bad_files_of_all_processes_count_together(pair: Pair) -> None:
+    assert pair(bad_on_one, 0.04) == ["a.jpg b.jpg c.jpg d.jpg"] * 2
+    for line in pair(bad_on_one, 0.03):
+        assert line.startswith("4 of 100 files could not be read so far, expected at most 3.00%; remove them or raise")
+
+
+# Real processes
+
+
+def torchrun(folder: Path, *arguments: str | Path) -> subprocess.Popen[bytes]:
+    """Two processes; what each says goes into files of `folder`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--log-dir", str(folder)]
+    command += ["--redirects", "3", "--standalone", "-m", "moco.cli", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": str(folder / "error.json")}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def rank_of(agent: subprocess.Popen[bytes], rank: int) -> int:
+    """The process of a rank."""
+    for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun has no process of rank {rank}")
+
+
+def said(folder: Path, rank: int, stream: str = "stderr") -> str:
+    """What a process of the last start said."""
+    return max(folder.rglob(f"{rank}/{stream}.log"), key=lambda path: path.stat().st_mtime).read_text()
+
+
+@two_processes
+@pytest.mark.slow
+def test_one_that_is_told_to_stop_stops_both_one_that_dies_ends_both_and_one_process_goes_on(
+    tmp_path: Path,
+) -> None:
+    recipe, run, logs = tmp_path / "tiny.yaml", tmp_path / "run", tmp_path / "logs"
+    recipe.write_text(yaml.safe_dump(TINY | {"epochs": 400, "monitor": {"every": 0, "knn_k": 20, "save_every": 1}}))
+    line = ("pretrain", recipe, "--out", run, "--resume", run)  # the same for every start
+    agent = torchrun(logs, *line)
+    wait_for_step(run, 10)
+    os.kill(rank_of(agent, 1), signal.SIGTERM)
+    assert agent.wait(60) != 0
+    step = checkpoint.load(run / "checkpoints" / "last.ckpt")["step"]
+    assert step >= 10 and step % 5 == 0
+    assert (
+        said(logs, 0).strip().endswith(f"moco: stopped by SIGTERM; saved; continue with: moco pretrain --resume {run}")
+    )
+    assert said(logs, 1) == said(logs, 1, "stdout") == ""
+
+    agent = torchrun(logs, *line)
+    wait_for_step(run, step + 20)
+    began = time.monotonic()
+    os.kill(rank_of(agent, 1), signal.SIGKILL)
+    assert agent.wait(60) != 0
+    assert time.monotonic() - began < 60
+    last = said(logs, 0).strip().splitlines()[-1]
+    assert last.startswith(
+        f"moco: another process of the run has ended or no longer answers, its own message says why; {run}"
+    )
+    assert f"continued at step {step} of" in said(logs, 0)
+
+    step = checkpoint.load(run / "checkpoints" / "last.ckpt")["step"]
+    assert main(["pretrain", "--resume", str(run), "--steps", str(step + 2)]) == 0
+    assert [row["step"] for row in Run.open(run).metrics][-1] == step + 2
+    assert "begun on 2 processes, now 1" in (run / "log.txt").read_text()
+
+
+@two_processes
+@pytest.mark.slow
+def test_the_first_process_starts_the_others_and_sigterm_to_it_stops_all(tmp_path: Path) -> None:
+    recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(TINY | {"epochs": 400, "monitor": {"every": 0, "knn_k": 20}}))
+    command = [sys.executable, "-m", "moco.cli", "pretrain", str(recipe), "--out", str(run), "--engine.devices", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(run, 10)
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert stdout == "" and stderr.count("stopped by SIGTERM") == 1
+    assert checkpoint.load(run / "checkpoints" / "last.ckpt")["processes"] == 2
+    assert main(["pretrain", "--resume", str(run), "--engine.devices", "1", "--steps", "400"]) == 0
