@@ -63,12 +63,15 @@ class Library:
         self.given = {"source": source, "protocol": protocol, "data": data, "backbone": backbone, "out": out}
         self.given |= settings.model_dump(exclude_unset=True)
         on_progress("epochs", 1, 2)
+        figures, per_class = {"top1": 81.25, "rank": 3.14159}, {"cat": 70.0, "dog": 92.5}
         return types.SimpleNamespace(
             name=protocol,
-            figures={"top1": 81.25, "rank": 3.14159},
-            per_class={"cat": 70.0, "dog": 92.5},
+            figures=figures,
+            per_class=per_class,
             notes=("two classes only",),
             folder=Path("runs/x/evaluations"),
+            record=lambda: {"figures": figures, "per_class": per_class},
+            mixups=lambda: [("cat", "dog", 30)],
         )
 
 
@@ -481,7 +484,8 @@ def test_evaluate_prints_a_table(library: Library, capsys: pytest.CaptureFixture
     assert main(["evaluate", "runs/x"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"top1.*81\.25", out) and re.search(r"rank.*3\.142", out) and re.search(r"dog.*92\.5", out)
-    assert "two classes only" in out and "runs/x/evaluations/knn.json and .png" in out
+    assert "two classes only" in out and "cat for dog 30 times" in out
+    assert "runs/x/evaluations/knn.json and .png" in out
 
 
 def test_recipes_lists_each_with_what_to_expect(capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,11 +224,39 @@ def test_files_of_any_size_are_learned_from_too(tmp_path: Path) -> None:
     assert top1(outcome, splits) == 100
 
 
+def test_files_that_cannot_be_read_are_left_out_of_both_parts(tmp_path: Path) -> None:
+    for number in range(40):
+        folder = tmp_path / ("train" if number < 30 else "test") / ("bright" if number % 2 else "dark")
+        folder.mkdir(parents=True, exist_ok=True)
+        colour = (200, 220, 180) if number % 2 else (30, 40, 20)
+        Image.new("RGB", (20 + number, 24), colour).save(folder / f"{number}.jpg")
+    splits = load_data(DataConfig(source=str(tmp_path), channels=1))
+    assert splits.test is not None and splits.test.labels is not None
+    for path in (splits.train.paths[3], splits.test.paths[-1]):
+        Path(path).write_bytes(Path(path).read_bytes()[:-40])
+    work = task(splits=splits, epochs=4, batch_size=6, lr=1.0)
+    for memory in (2.0, 1e-9):  # decoded once, or read anew
+        outcome = finetune.evaluate(work._replace(data=DataConfig(max_bad=0.2, memory=memory, workers=0)))
+        assert outcome.scores is not None and outcome.labels is not None
+        assert torch.equal(outcome.labels, splits.test.labels[:-1])
+        assert accuracies(outcome.scores, outcome.labels)["top1"] == 100
+        assert any(note.startswith("1 of 30 training images could not be read") for note in outcome.notes)
+        assert "1 of 10 test images could not be read and were left out." in outcome.notes
+    with pytest.raises(ValueError, match=r"^1 of 30 training images cannot be read, expected at most 1.00% in an eval"):
+        finetune.evaluate(work)
+
+
+def test_what_was_in_force_is_told() -> None:
+    told = finetune.evaluate(task(**FEW, batch_size=32)).settings
+    assert told is not None and (told.form, told.epochs, told.batch_size, told.lr) == ("resnet", 1, 32, 0.05)
+    assert (told.weight_decay, told.layer_decay, told.precision, told.labels) == (0.0, 1.0, "fp32", 0.1)
+
+
 def test_progress_is_reported_to_the_last_step() -> None:
     told: list[tuple[str, int, int]] = []
     work = task(epochs=1, labels=0.2)._replace(report=lambda *said: told.append(said))
     finetune.evaluate(work)
-    assert ("training", 2, 2) in told and told[-1][0] == "test images" and told[-1][1] == told[-1][2]
+    assert ("training", 2, 2) in told and told[-1][0] == "features of the test images" and told[-1][1] == told[-1][2]
 
 
 @pytest.mark.parametrize(("precision", "within"), [("bf16", 0.02), ("fp64", 1e-4)])

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moco.config import DataConfig, EvaluateConfig
-from moco.data import ArrayImages, FileImages, Splits, load_data
+from moco.data import ArrayImages, FileImages, Splits, load_data, some_of
 from moco.encoder import ImageEncoder, build_backbone
 from moco.evaluate import health
 from moco.evaluate.contract import Task
-from moco.evaluate.health import alignment, evenly, measure, rank_me, two_crops, uniformity, verdict, view_features
+from moco.evaluate.health import alignment, measure, rank_me, two_crops, uniformity, verdict, view_features
 from moco.views import VIEWS, TwoViews
 
 
@@ -183,8 +183,8 @@ def test_files_are_cropped_like_in_training_and_an_unreadable_one_is_black(
 
 def test_images_are_chosen_evenly() -> None:
     images = unlabelled(100)
-    assert evenly(images, 100) is images
-    chosen = evenly(images, 12).paths
+    assert some_of(images, 100) is images
+    chosen = some_of(images, 12).paths
     assert len(chosen) == 12 and chosen[0] == "0" and chosen[-1] == "99" and len(set(chosen)) == 12
 
 

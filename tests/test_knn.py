@@ -14,7 +14,7 @@ from moco.config import DataConfig, parse_config
 from moco.data import ArrayImages, Splits, load_data
 from moco.encoder import ImageEncoder, build_backbone
 from moco.evaluate import held_out
-from moco.evaluate.contract import balanced
+from moco.evaluate.contract import ROWS_AT_ONCE, balanced, check_finite
 from moco.evaluate.knn import few_label_accuracy, knn_accuracy, knn_scores
 
 CLASSES = 7
@@ -294,3 +294,12 @@ def test_of_a_tenth_of_the_labels_each_class_has_as_many_and_more_contain_fewer(
 def test_an_unknown_protocol_names_the_known_ones_and_the_closest(run):
     with pytest.raises(ValueError, match="unknown protocol 'kn': expected one of knn.*; did you mean 'knn'"):
         moco.evaluate(run.path, "kn")
+
+
+@pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray])
+def test_features_that_are_no_numbers_are_found_in_whichever_block_they_are(kind):
+    vectors = np.zeros((2 * ROWS_AT_ONCE + 3, 2), dtype=np.float32)
+    check_finite(kind(vectors), "training")
+    vectors[-1, 1] = np.nan
+    with pytest.raises(ValueError, match="^some training features are not finite numbers; look for a collapsed"):
+        check_finite(kind(vectors), "training")

@@ -1,4 +1,5 @@
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from moco.evaluate.linear import (
     build_classifier,
     build_optimizer,
     check_frozen,
-    cut_features,
     evaluate,
+    in_force,
     learning_rate,
     tensors_of,
 )
+from moco.evaluate.probe import DECAYS
+from moco.evaluate.reading import read
 from moco.views import CIFAR10, VIEWS, OneView, ViewSpec
 from small import SmallBackbone
 
@@ -81,6 +84,38 @@ def test_the_rate_follows_the_batch_the_milestones_follow_the_epochs_and_a_given
     assert rates("official", batch_size=64, epochs=10) == pytest.approx([7.5] * 6 + [0.75] * 2 + [0.075] * 2)
     assert rates("official", lr=2.0, batch_size=512, epochs=1) == pytest.approx([4.0])
     assert rates("v3", lr=2.0, is_vit=True)[0] == pytest.approx(8.0)
+
+
+def test_adams_rate_does_not_follow_the_batch_as_in_the_published_code():
+    assert rates("leftthomas", batch_size=64, epochs=3) == [1e-3] * 3
+    assert rates("leftthomas", lr=0.2, batch_size=1024, epochs=1) == [0.2]
+
+
+def test_what_was_in_force_is_told():
+    wanted: dict[str, Any] = {
+        "form": "v3",
+        "epochs": 90,
+        "batch_size": 1024,
+        "lr": 3.0,
+        "weight_decay": 0.0,
+        "precision": "fp32",
+    }
+    of_form = in_force("v3", task(whole=encoder(vit=True), precision="auto")).model_dump(include=set(wanted))
+    assert of_form == wanted
+    given: dict[str, Any] = {
+        "form": "official",
+        "epochs": 1,
+        "batch_size": 7,
+        "lr": 0.5,
+        "weight_decay": 0.1,
+        "precision": "fp64",
+    }
+    told = evaluate(task(**given))
+    assert told.settings is not None and told.settings.model_dump(include=set(given)) == given
+    assert "official, 1 epochs in fp64" in told.notes[0]
+    fast = evaluate(task(epochs=3, lr=0.3)).settings
+    assert fast is not None and (fast.form, fast.epochs, fast.lr, fast.batch_size) == ("fast", 3, 0.3, 1024)
+    assert fast.weight_decay in DECAYS
 
 
 def test_classifiers_begin_as_published():
@@ -169,7 +204,7 @@ def published(form: str, whole: ImageEncoder, splits: Splits, *, epochs: int, ba
 
 @pytest.mark.parametrize(
     "form, vit, peak",
-    [("official", False, 30 / 4), ("v3", False, 0.1 / 4), ("v3", True, 3 / 4), ("leftthomas", False, 1e-3 / 4)],
+    [("official", False, 30 / 4), ("v3", False, 0.1 / 4), ("v3", True, 3 / 4), ("leftthomas", False, 1e-3)],
 )
 def test_training_is_the_published_one_step_by_step_in_float64(form, vit, peak):
     splits, settings = digits(), dict(form=form, epochs=5, batch_size=64, precision="fp64")  # the last batch has 22
@@ -209,6 +244,7 @@ def test_figures_are_of_the_last_epoch_and_the_best_is_told_apart():
     assert "best_top1 is the best of every epoch on the test images" in outcome.notes[0]
     drifting = evaluate(task(form="leftthomas", epochs=1))
     assert "every 10th epoch and the last" in drifting.notes[0] and "were not, as published" in drifting.notes[1]
+    assert drifting.figures.keys() == {"best_top1_of_looks"}
 
 
 def test_the_same_seed_gives_the_same_and_another_another():
@@ -228,7 +264,7 @@ def test_fast_is_what_is_done_when_no_form_is_named():
 def test_a_tenth_of_the_labels_is_a_tenth_of_the_steps():
     seen: list[tuple[int, int]] = []
     given = task(digits(train=600), form="official", epochs=2, batch_size=10, labels=0.1)
-    given = given._replace(report=lambda what, done, total: seen.append((done, total)))
+    given = given._replace(report=lambda what, *done: seen.append(done) if what.endswith("steps") else None)
     evaluate(given)
     assert seen == [(step, 12) for step in range(1, 13)]
 
@@ -246,8 +282,6 @@ def test_a_loss_that_is_no_number_ends_it_in_one_line():
 def test_what_is_unknown_is_answered_with_what_is_known():
     with pytest.raises(ValueError, match="unknown form 'offical' of linear: expected one of .*did you mean 'official'"):
         evaluate(task(form="offical"))
-    with pytest.raises(ValueError, match="linear is defined on features; leave out --features"):
-        evaluate(task(form="official", features="projection"))
 
 
 def test_a_last_batch_of_one_image_has_no_batch_statistics_and_is_passed_over():
@@ -260,10 +294,10 @@ def test_test_images_are_resized_and_cut_as_published():
     pixels = torch.randint(0, 256, (5, 3, 48, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = ArrayImages(pixels, None, None, tuple("abcde"))
     cut = tv.center_crop(tv.resize(pixels, [32], antialias=True), [28, 28])  # 28 : 32 = 224 : 256
-    torch.testing.assert_close(cut_features(whole, images, precision="fp32"), whole(whole.preprocess(cut)))
+    given = task(whole=whole)
+    torch.testing.assert_close(read(given, images, "test", cut=True).vectors, whole(whole.preprocess(cut)))
     as_they_are = replace(images, images=cut)
-    got = cut_features(whole, as_they_are, precision="fp32")
-    torch.testing.assert_close(got, whole(whole.preprocess(cut)))
+    torch.testing.assert_close(read(given, as_they_are, "test", cut=True).vectors, whole(whole.preprocess(cut)))
 
 
 @pytest.fixture
@@ -284,7 +318,7 @@ def test_files_are_read_all_of_them_each_epoch(folder, form, batch_size):
     splits, seen = load_data(DataConfig(source=str(folder))), []
     assert isinstance(splits.train, FileImages)
     given = task(splits, form=form, epochs=4, batch_size=batch_size, lr=None if form == "fast" else 0.3)
-    outcome = evaluate(given._replace(report=lambda what, done, total: seen.append((done, total))))
+    outcome = evaluate(given._replace(report=lambda *said: seen.append(said[1:]) if "steps" in said[0] else None))
     if batch_size:
         steps = math.ceil(14 / batch_size)
         assert seen == [(step + 1, 4 * steps) for step in range(4 * steps)]
@@ -292,9 +326,52 @@ def test_files_are_read_all_of_them_each_epoch(folder, form, batch_size):
         assert top1(outcome, given) == 100
 
 
-def test_a_file_that_breaks_on_the_way_does_not_end_it(folder):
+def test_decoded_files_are_held_if_they_fit_and_the_steps_are_the_same(folder, monkeypatch):
     splits = load_data(DataConfig(source=str(folder)))
-    for file in splits.train.paths[:1]:
-        Path(file).write_bytes(b"no picture")
-    outcome = evaluate(task(splits, form="official", epochs=2, batch_size=32, lr=0.3))
-    assert outcome.scores is not None and outcome.scores.isfinite().all()
+    settings: dict[str, Any] = {"form": "official", "epochs": 2, "batch_size": 5, "lr": 0.3}
+    held = evaluate(task(splits, **settings)).scores
+    read_anew = evaluate(task(splits, **settings)._replace(data=DataConfig(memory=1e-9, workers=0))).scores
+    assert held is not None and read_anew is not None and torch.equal(held, read_anew)
+    decoded: list[str] = []
+    decode_many = FileImages.decode_many
+    monkeypatch.setattr(
+        FileImages,
+        "decode_many",
+        lambda self, indices: (decoded.extend(self.paths[i] for i in indices), decode_many(self, indices))[1],
+    )
+    evaluate(task(splits, **settings))
+    assert sorted(decoded) == sorted(splits.train.paths)  # each once
+
+
+@pytest.mark.parametrize("form", ["fast", "official", "leftthomas"])
+@pytest.mark.parametrize("memory", [2.0, 1e-9])
+def test_files_that_cannot_be_read_are_left_out_of_both_parts(folder, form, memory, caplog):
+    splits = load_data(DataConfig(source=str(folder)))
+    assert splits.test is not None
+    cut_off = [splits.train.paths[-1], splits.test.paths[0]]
+    for path in cut_off:
+        Path(path).write_bytes(Path(path).read_bytes()[:300])
+    config = DataConfig(max_bad=0.2, memory=memory, workers=0)
+    given = task(splits, form=form, epochs=2, batch_size=8, lr=0.3)
+    outcome = evaluate(given._replace(data=config))
+    assert outcome.scores is not None and outcome.labels is not None and outcome.scores.isfinite().all()
+    assert splits.test.labels is not None and torch.equal(outcome.labels, splits.test.labels[1:])
+    assert len(outcome.scores) == 7 and all(repr(path) in caplog.text for path in cut_off)
+    assert "1 of 8 test images could not be read and were left out." in outcome.notes
+    assert any(note.startswith("1 of 14 training images could not be read") for note in outcome.notes)
+    with pytest.raises(ValueError, match=r"cannot be read|could not be read"):
+        evaluate(given._replace(data=DataConfig(max_bad=0.1, memory=memory, workers=0)))
+
+
+def test_of_a_last_batch_few_files_are_decoded_at_a_time(folder, monkeypatch):
+    splits, module = load_data(DataConfig(source=str(folder))), sys.modules[read.__module__]
+    whole = evaluate(task(splits, form="official", epochs=1, lr=0.3)._replace(data=DataConfig(memory=1e-9))).scores
+    monkeypatch.setattr(module, "DECODED_AT_ONCE", 3)
+    asked: list[int] = []
+    decode_many = FileImages.decode_many
+    monkeypatch.setattr(
+        FileImages, "decode_many", lambda self, which: (asked.append(len(which)), decode_many(self, which))[1]
+    )
+    parts = evaluate(task(splits, form="official", epochs=1, lr=0.3)._replace(data=DataConfig(memory=1e-9))).scores
+    assert max(asked) == 3 and sum(asked) >= 14
+    assert whole is not None and parts is not None and torch.equal(whole, parts)

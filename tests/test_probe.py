@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 import moco
 from moco.evaluate import probe as module
-from moco.evaluate.probe import Settings, fit, held_back, linear, principal_axes, probe
+from moco.evaluate.probe import Settings, fit, held_back, linear, on_axes, principal_axes, probe
 
 CLASSES = 4
 
@@ -75,11 +75,11 @@ def test_the_test_labels_choose_nothing():
 
 def test_pairs_that_learn_at_once_learn_what_each_learns_alone():
     vectors, labels = blobs(200, seed=0, noise=3)
-    axes, rows = principal_axes(vectors, torch.device("cpu")), torch.arange(0, 200, 2)
+    inputs, rows = on_axes(principal_axes(vectors, torch.device("cpu")), vectors), torch.arange(0, 200, 2)
     pairs, settings = [(1.0, 1e-3), (0.1, 1e-3), (0.3, 0.5)], Settings(epochs=5, batch_size=32)
-    at_once = fit(axes, vectors, labels, rows, pairs, num_classes=CLASSES, settings=settings)
+    at_once = fit(inputs, labels, rows, pairs, num_classes=CLASSES, settings=settings)
     for together, pair in zip(at_once, pairs, strict=True):
-        alone = fit(axes, vectors, labels, rows, [pair], num_classes=CLASSES, settings=settings)[0]
+        alone = fit(inputs, labels, rows, [pair], num_classes=CLASSES, settings=settings)[0]
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert (at_once[0] - at_once[1]).abs().max() > 1e-2
 
@@ -88,7 +88,9 @@ def test_steps_are_those_of_sgd_on_the_loss_by_autograd():
     vectors, labels = blobs(60, seed=0, noise=3)
     axes, (lr, decay) = principal_axes(vectors, torch.device("cpu")), (0.5, 0.1)
     settings = Settings(epochs=4, batch_size=60)
-    got = fit(axes, vectors, labels, torch.arange(60), [(lr, decay)], num_classes=CLASSES, settings=settings)[0]
+    got = fit(on_axes(axes, vectors), labels, torch.arange(60), [(lr, decay)], num_classes=CLASSES, settings=settings)[
+        0
+    ]
     weights, velocity = torch.zeros(7, CLASSES, requires_grad=True), torch.zeros(7, CLASSES)
     penalised = torch.tensor([decay] * 6 + [0.0])[:, None]
     for step in range(4):
@@ -104,9 +106,11 @@ def test_little_memory_changes_nothing(monkeypatch):
     settings = Settings(epochs=3)
     roomy = probe(train, labels, test, settings=settings)
     monkeypatch.setattr(module, "SWEEP_BYTES", 1)  # one pair at a time
-    tight = probe(train, labels, test, settings=settings)
-    assert tight[1:] == roomy[1:]
-    torch.testing.assert_close(tight.scores, roomy.scores)
+    for name, value in (("HELD", 0), ("ROWS_AT_ONCE", 7)):  # rows are turned when they are needed; blocks of 7
+        monkeypatch.setattr(module, name, value)
+        tight = probe(train, labels, test, settings=settings)
+        assert tight[1:] == roomy[1:]
+        torch.testing.assert_close(tight.scores, roomy.scores, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rate_at_which_learning_diverges_is_not_chosen(monkeypatch):

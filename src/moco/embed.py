@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import logging
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,16 +22,17 @@ from moco.config import DataConfig
 from moco.data import ArrayImages, BadImage, FileImages, Images, as_images, load_data, resized
 from moco.data.decode import decode, quiet_pillow
 from moco.encoder import ImageEncoder
+from moco.scratch import room
 from moco.table import Unreadable, Writer, write_shared
 from moco.transforms import centred, normalise
-from moco.vectors import Embeddings, Meta, Settings, load, load_part, versions
+from moco.vectors import Embeddings, Meta, Settings, load, load_part, versions, whole_source
 
 READ_AHEAD = 2
 """Batches of files that are read while one is worked on."""
-HELD = 2**30
-"""Bytes of features that are held in memory; more are written to a temporary file and mapped."""
 
-Report = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
+"""Called with how much is done, and how much there is."""
+Report = OnProgress
 
 
 def embed(
@@ -40,7 +41,7 @@ def embed(
     *,
     batch_size: int = 256,
     precision: str = "auto",
-    on_progress: Report | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Embeddings:
     """Features of all images.
 
@@ -79,18 +80,54 @@ def features(
     *,
     batch_size: int = 256,
     precision: str = "auto",
-    on_progress: Report | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Tensor:
-    """The same as a float32 tensor `[n, f]` on the CPU; the encoder is left in the mode it was in."""
-    kind = _arithmetic(encoder, precision)
-    out = _buffer(len(images), encoder.num_features)
-    with _evaluating(encoder):
-        for start in range(0, len(images), batch_size):
-            which = range(start, min(start + batch_size, len(images)))
-            out[start : which.stop] = _forward(encoder, resized(images, list(which), size=encoder.input_size), kind)
+    """The same as a float32 tensor `[n, f]` on the CPU; the encoder is left in the mode it was in.
+
+    A file that cannot be read is black, and the log names it.
+    """
+    out, bad = read_features(encoder, images, batch_size=batch_size, precision=precision, on_progress=on_progress)
+    if bad:
+        first = next(iter(bad.values()))
+        logging.getLogger("moco").warning("%d of %d images are black: %s", len(bad), len(out), first)
+    return out
+
+
+@torch.inference_mode()
+def read_features(
+    encoder: ImageEncoder,
+    images: Images,
+    *,
+    batch_size: int = 256,
+    precision: str = "auto",
+    short: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[Tensor, dict[int, BadImage]]:
+    """The same, and why which files could not be read, by their places: rows that mean nothing.
+
+    Args:
+        encoder: on the device that is to do the work.
+        images: in memory or files.
+        batch_size: images at a time.
+        precision: as for `embed`.
+        short: pixels that the short side is brought to before the middle is cut out; not given: the encoder's size.
+        on_progress: called with (images done, images in all).
+
+    Raises:
+        OSError: there are so many that they need a file, and the disk has no room for it.
+    """
+    kind, size, bad = _arithmetic(encoder, precision), encoder.input_size, {}
+    short = size if short is None else short
+    margin, out = round((short - size) / 2), room(len(images), encoder.num_features)
+    batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    with _evaluating(encoder), closing(_batches(images, batches, short)) as read:
+        for which, pixels, failed in read:
+            pixels = pixels[:, :, margin : margin + size, margin : margin + size]
+            out[which.start : which.stop] = _forward(encoder, pixels, kind)
+            bad |= failed
             if on_progress:
                 on_progress(which.stop, len(images))
-    return out
+    return out, bad
 
 
 def embed_to(
@@ -102,7 +139,7 @@ def embed_to(
     batch_size: int | None = None,
     precision: str = "auto",
     accelerator: str = "auto",
-    on_progress: Report | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Embeddings:
     """Features of all images into a folder (`moco.vectors` says what is in it), of which never many are in memory.
 
@@ -130,7 +167,7 @@ def embed_to(
         encoder, origin = source, None
     else:
         encoder, origin = load_encoder(source).to(_device(accelerator)), os.path.abspath(source)
-    whence = str(images) if isinstance(images, str | Path) else None
+    whence = whole_source(str(images)) if isinstance(images, str | Path) else None
     found = load_part(whence, part, encoder.channels) if whence else as_images(images, channels=encoder.channels)
     size = batch_size or max(16, min(256, 2**22 // encoder.input_size**2 // 16 * 16))
     kind = _arithmetic(encoder, precision)
@@ -157,7 +194,7 @@ def embed_to(
 
 
 @torch.inference_mode()
-def _write(folder: Path, meta: Meta, encoder: ImageEncoder, images: Images, on_progress: Report | None) -> None:
+def _write(folder: Path, meta: Meta, encoder: ImageEncoder, images: Images, on_progress: OnProgress | None) -> None:
     """Rows from where the folder has none yet; batches begin at the same images whenever it was stopped."""
     with Writer(folder, meta) as writer, _evaluating(encoder):
         size, done, stop = meta.settings.batch_size, writer.meta.done, meta.stop
@@ -283,14 +320,6 @@ def _forward(encoder: ImageEncoder, pixels: UInt8[Tensor, "n c h w"], kind: str)
     batch = normalise(pixels.to(first.device), encoder.mean, encoder.std).to(first.dtype).to(memory_format=layout)
     with torch.autocast(first.device.type, dtype=torch.bfloat16, enabled=kind == "bf16"):
         return encoder(batch).float().cpu()
-
-
-def _buffer(rows: int, columns: int) -> Tensor:
-    """Room for features: in memory, or if there are many in a file that is gone when nothing uses it any more."""
-    if 4 * rows * columns <= HELD:
-        return torch.empty(rows, columns)
-    with tempfile.TemporaryFile() as file:
-        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=(rows, columns)))
 
 
 def pixels(images: Images, *, size: int) -> Tensor:

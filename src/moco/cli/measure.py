@@ -34,7 +34,7 @@ def evaluate(
 
     Args:
         source: Folder of a run, or a checkpoint of anybody's.
-        protocol: `knn`, `linear`, `finetune`, or `health`, which needs no labels.
+        protocol: `knn`, `linear`, `finetune`, `health`, which needs no labels, or `package.module:function`.
         data: Images to evaluate on; not given: those that the run was trained on.
         backbone: The network, where a foreign checkpoint does not say which it is.
         out: Folder for the results, in place of the run's.
@@ -47,10 +47,11 @@ def evaluate(
     with working(stderr()) as show:
         found = measure(source, protocol, data=data, backbone=backbone, out=out, settings=given, on_progress=show)
     if as_json:
-        print(json.dumps({"figures": found.figures, "per_class": found.per_class, "notes": found.notes}, indent=2))
+        print(json.dumps(found.record(), indent=2))
     else:
         written = found.folder / found.name if found.folder else None
-        report_evaluation(f"{found.name} of {source}", found.figures, found.per_class, found.notes, written)
+        title, wrong = f"{found.name} of {source}", found.mixups()
+        report_evaluation(title, found.figures, found.per_class, found.notes, written, wrong)
 
 
 def report(runs: list[Path], /, *, out: Path | None = None, as_json: Json = False) -> None:

@@ -1,13 +1,10 @@
 """How good is an encoder? One protocol a file, one contract (`moco.evaluate.contract`) for all."""
 
 import difflib
-import json
+import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from moco.checkpoint import load_encoder, load_projector
 from moco.config import DataConfig, EvaluateConfig, parse_evaluation
@@ -18,43 +15,18 @@ from moco.evaluate import knn as nearest
 from moco.evaluate import linear as probes
 from moco.evaluate.contract import HeldOut, Outcome, Protocol, Report, Task, accuracies, confusion, held_out
 from moco.evaluate.knn import knn
-from moco.figures import confusion_matrix, save
-from moco.run import Run, write_atomically
+from moco.evaluate.record import Evaluation, name_of
+from moco.run import Run
 from moco.views import view_specs
 
-__all__ = ["EVALUATIONS", "Evaluation", "HeldOut", "Outcome", "Task", "evaluate", "held_out", "knn"]
+__all__ = ["EVALUATIONS", "Evaluation", "HeldOut", "Outcome", "Protocol", "Task", "evaluate", "held_out", "knn"]
 
 EVALUATIONS: Mapping[str, Protocol] = {
-    "knn": nearest.evaluate,
-    "linear": probes.evaluate,
-    "finetune": finetune.evaluate,
-    "health": health.evaluate,
+    "knn": nearest.PROTOCOL,
+    "linear": probes.PROTOCOL,
+    "finetune": finetune.PROTOCOL,
+    "health": health.PROTOCOL,
 }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What came out.
-
-    Attributes:
-        name: protocol and settings in one word, which the files of the evaluation bear.
-        figures: by name; accuracies in percent.
-        per_class: accuracy of each class in percent; empty without classes.
-        confusion: test images of the class of the row that were taken for the class of the column; or None.
-        classes: names of the classes.
-        settings: in force.
-        notes: in words.
-        folder: where `name`.json and, with classes, `name`.png are; None if nothing was written.
-    """
-
-    name: str
-    figures: dict[str, float]
-    per_class: dict[str, float]
-    confusion: np.ndarray | None
-    classes: tuple[str, ...]
-    settings: EvaluateConfig
-    notes: tuple[str, ...]
-    folder: Path | None
 
 
 def evaluate(
@@ -71,7 +43,7 @@ def evaluate(
 
     Args:
         source: folder of a run, or any checkpoint that `load_encoder` takes.
-        protocol: a name in `EVALUATIONS`.
+        protocol: a name in `EVALUATIONS`, or `package.module:function` of your own, task -> outcome.
         data: labelled images with a training and a test part; not given: those of the run. Without a test part, every
             tenth training image is asked about and the others answer.
         backbone: the network, where a foreign checkpoint does not say which it is.
@@ -80,49 +52,78 @@ def evaluate(
         on_progress: called with what is being done, how much of it is done and how much there is.
 
     Raises:
-        ValueError: unknown protocol or setting, a checkpoint without images, or images without labels.
+        ValueError: unknown protocol or setting, one that the protocol does not look at, a checkpoint without images,
+            or images without labels.
 
     Example:
-        >>> moco.evaluate("runs/first", "linear", settings={"form": "official"}).figures     # doctest: +SKIP
-        {'top1': 86.3, 'top5': 99.6}
+        >>> found = moco.evaluate("runs/first", "linear", settings={"form": "official"})     # doctest: +SKIP
+        >>> found.name, sorted(found.figures)                                                # doctest: +SKIP
+        ('linear-official', ['best_top1', 'top1', 'top5'])
     """
-    if protocol not in EVALUATIONS:
-        near = difflib.get_close_matches(protocol, EVALUATIONS, n=1)
-        raise ValueError(
-            f"unknown protocol {protocol!r}: expected one of {', '.join(EVALUATIONS)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
-    if not isinstance(settings, EvaluateConfig):
-        settings = parse_evaluation(dict(settings or {}))
+    way = protocol_named(protocol)
+    given = settings if isinstance(settings, EvaluateConfig) else parse_evaluation(dict(settings or {}))
+    way.refuse_others(protocol, given)
     run = Run.open(source) if (Path(source) / "config.yaml").is_file() else None
-    settings = _resolved(settings, run)
-    encoder = load_encoder(source, backbone=backbone).to(settings.accelerator)
-    wanted = settings.features == "projection" or protocol == "health"
-    projector = load_projector(run).to(settings.accelerator) if run and wanted else None
-    if settings.features == "projection" and projector is None:
+    chosen = _resolved(given, way, run)
+    encoder = load_encoder(source, backbone=backbone).to(chosen.accelerator)
+    wanted = chosen.features == "projection" or way.wants_projector
+    projector = load_projector(run).to(chosen.accelerator) if run and wanted else None
+    if chosen.features == "projection" and projector is None:
         raise ValueError(f"{source} holds no projector; expected the folder of a run, or leave out --features")
     views = view_specs(run.config.views) if run and ":" not in run.config.views.recipe else None
-    splits = load_data(_images(run, data, encoder.channels, source))
-    task = Task(encoder, projector, splits, settings, on_progress or (lambda *_: None), views)
-    outcome = EVALUATIONS[protocol](task)
+    images = _images(run, data, encoder.channels, source)
+    task = Task(encoder, projector, load_data(images), chosen, on_progress or (lambda *_: None), views, images)
+    outcome = way.measure(task)
+    if not isinstance(outcome, Outcome):
+        raise ValueError(f"protocol {protocol!r} returns {outcome!r:.80}; expected a moco.evaluate.Outcome")
+    own = run.config.data.source if run else None
+    default_form = way.default_form(encoder) if way.default_form else None
+    name = name_of(protocol, given, default_form=default_form, data=data, own=own)
     folder = Path(out) if out else run.path / "evaluations" if run else None
-    classes = splits.train.classes or ()
-    found = _evaluation(_name(protocol, settings), outcome, splits, classes, settings, folder)
-    if folder:
-        _write(found, folder, data or (run.config.data.source if run else ""))
+    found = _evaluation(name, data or own or "", outcome, task, folder)
+    found.write()
     return found
 
 
-def _resolved(settings: EvaluateConfig, run: Run | None) -> EvaluateConfig:
-    """With the choices made that are the run's or the machine's."""
+def protocol_named(name: str) -> Protocol:
+    """Of `EVALUATIONS`, or a function of yours, `package.module:function`, or a `Protocol` that stands there.
+
+    Raises:
+        ValueError: an unknown name, or nothing there that can be called.
+    """
+    if name in EVALUATIONS:
+        return EVALUATIONS[name]
+    if ":" not in name:
+        near = difflib.get_close_matches(name, EVALUATIONS, n=1)
+        raise ValueError(
+            f"unknown protocol {name!r}: expected one of {', '.join(EVALUATIONS)}, or package.module:function"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"protocol {name!r} cannot be imported ({error}); expected package.module:function, on the Python path"
+        ) from error
+    if isinstance(found, Protocol):
+        return found
+    if not callable(found):
+        raise ValueError(f"protocol {name!r} is {found!r:.80}; expected a function, task -> moco.evaluate.Outcome")
+    return Protocol(found)
+
+
+def _resolved(settings: EvaluateConfig, way: Protocol, run: Run | None) -> EvaluateConfig:
+    """With the choices made that are the run's, the machine's or those of a published form."""
     accelerator = choose_accelerator(settings.accelerator)
     chosen: dict[str, Any] = {"accelerator": accelerator}
-    if settings.precision == "auto":  # a run's accuracies were taken in its own precision, where it ran
+    if settings.precision == "auto" and settings.form in way.fp32:
+        chosen["precision"] = "fp32"
+    elif settings.precision == "auto":  # a run's accuracies were taken in its own precision, where it ran
         same = run is not None and run.config.engine.accelerator == accelerator
         own = run.config.engine.precision if run and same else "auto"
         chosen["precision"] = choose_precision(accelerator) if own == "auto" else own
     for name, of_run, published in (("k", "knn_k", 200), ("temperature", "knn_temperature", 0.1)):
-        if getattr(settings, name) is None:
+        if name in way.takes and getattr(settings, name) is None:
             chosen[name] = getattr(run.config.monitor, of_run) if run else published
     return settings.model_copy(update=chosen)
 
@@ -135,42 +136,16 @@ def _images(run: Run | None, data: str | None, channels: int, source: str | Path
     return run.config.data
 
 
-def _name(protocol: str, settings: EvaluateConfig) -> str:
-    words = [protocol]
-    words += [settings.form] if settings.form else []
-    words += ["projection"] if settings.features == "projection" else []
-    words += ["scratch"] if settings.from_scratch else []
-    words += [f"labels{100 * settings.labels:g}"] if settings.labels < 1 else []
-    words += [f"seed{settings.seed}"] if settings.seed else []
-    return "-".join(words)
-
-
-def _evaluation(
-    name: str, outcome: Outcome, splits: Any, classes: tuple[str, ...], settings: EvaluateConfig, folder: Path | None
-) -> Evaluation:
+def _evaluation(name: str, data: str, outcome: Outcome, task: Task, folder: Path | None) -> Evaluation:
     figures, per_class, matrix = dict(outcome.figures), {}, None
+    classes = task.splits.train.classes or ()
     if outcome.scores is not None:
-        labels = held_out(splits).test_labels
+        labels = held_out(task.splits).test_labels if outcome.labels is None else outcome.labels
         figures = accuracies(outcome.scores, labels) | figures
         counts = confusion(outcome.scores, labels)
         names = [classes[i] if i < len(classes) else str(i) for i in range(len(counts))]
         totals = counts.sum(dim=1)
         per_class = {names[i]: 100 * int(counts[i, i]) / int(totals[i]) for i in range(len(counts)) if totals[i]}
         matrix, classes = counts.numpy(), tuple(names)
-    return Evaluation(name, figures, per_class, matrix, classes, settings, outcome.notes, folder)
-
-
-def _write(found: Evaluation, folder: Path, data: str) -> None:
-    record = {
-        "name": found.name,
-        "data": data,
-        "figures": found.figures,
-        "per_class": found.per_class,
-        "confusion": None if found.confusion is None else found.confusion.tolist(),
-        "notes": list(found.notes),
-        "settings": found.settings.model_dump(mode="json"),
-    }
-    text = json.dumps(record, indent=2) + "\n"
-    write_atomically(folder / f"{found.name}.json", lambda file: file.write(text.encode()))
-    if found.confusion is not None and len(found.classes) > 1:
-        save(confusion_matrix(found.confusion, found.classes, title=found.name), folder / f"{found.name}.png")
+    settings = outcome.settings or task.settings
+    return Evaluation(name, data, figures, per_class, matrix, classes, settings, outcome.notes, folder)

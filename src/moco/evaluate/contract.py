@@ -4,17 +4,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from moco.config import EvaluateConfig
+from moco.config import DataConfig, EvaluateConfig
 from moco.data import Images, Splits
 from moco.encoder import ImageEncoder
 from moco.views import ViewSpec
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
+COMMON = frozenset({"seed", "accelerator", "precision"})
+"""Settings that every protocol takes."""
+ROWS_AT_ONCE = 8192
+"""Rows of features that are looked at together, so that features in a file are never in memory as a whole."""
 
 
 class HeldOut(NamedTuple):
@@ -43,6 +48,8 @@ class Task(NamedTuple):
         settings: with every choice that does not depend on the protocol made (accelerator, precision).
         report: where a protocol says how far it is.
         views: those that the encoder was trained on, where they are known.
+        data: how the images are read; of it count the memory that decoded ones may take, the reading processes and how
+            many files may be unreadable.
     """
 
     encoder: ImageEncoder
@@ -51,6 +58,7 @@ class Task(NamedTuple):
     settings: EvaluateConfig
     report: Report
     views: tuple[ViewSpec, ViewSpec] | None = None
+    data: DataConfig = DataConfig()
 
     @property
     def device(self) -> torch.device:
@@ -76,14 +84,60 @@ class Outcome:
         figures: by name; accuracies in percent.
         scores: of each test image for each class, where there are such; the higher the likelier.
         notes: in words, for people.
+        labels: of the images that the scores are of; None: those of all test images.
+        settings: as they were in force, those too that were not given; None: those of the task.
     """
 
     figures: dict[str, float]
     scores: Float[Tensor, "m classes"] | None = None
     notes: tuple[str, ...] = ()
+    labels: Int64[Tensor, " m"] | None = None
+    settings: EvaluateConfig | None = None
 
 
-Protocol = Callable[[Task], Outcome]
+Measure = Callable[[Task], Outcome]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A way to measure an encoder.
+
+    Attributes:
+        measure: does it.
+        takes: settings that it looks at besides those that all do; another one that is given is refused.
+        default_form: the form that is taken for an encoder where none is named; None: there are no forms.
+        fp32: forms that are in fp32 unless another precision is given, as what was published was.
+        wants_projector: whatever the settings say.
+    """
+
+    measure: Measure
+    takes: frozenset[str] = frozenset(EvaluateConfig.model_fields) - COMMON
+    default_form: Callable[[ImageEncoder], str] | None = None
+    fp32: frozenset[str] = frozenset()
+    wants_projector: bool = False
+
+    def refuse_others(self, name: str, settings: EvaluateConfig) -> None:
+        """Settings that would change nothing.
+
+        Raises:
+            ValueError: one was given; which, and what the protocol of this name takes.
+        """
+        for other in replaced(settings):
+            if other not in self.takes | COMMON:
+                own = [f"--{each}" for each in EvaluateConfig.model_fields if each in self.takes]
+                raise ValueError(
+                    f"--{other} is nothing that --protocol {name} looks at; it takes {', '.join([*own, ''])}--seed, "
+                    "--accelerator and --precision"
+                )
+
+
+def replaced(settings: EvaluateConfig) -> list[str]:
+    """Settings that were given and are not what they would be anyway, in the order of their section."""
+    return [
+        name
+        for name, field in EvaluateConfig.model_fields.items()
+        if name in settings.model_fields_set and getattr(settings, name) != field.default
+    ]
 
 
 def labels_of(images: Images) -> Int64[Tensor, " n"]:
@@ -150,3 +204,16 @@ def confusion(scores: Float[Tensor, "m classes"], labels: Int64[Tensor, " m"]) -
     number = max(scores.shape[1], int(labels.max()) + 1)
     pairs = labels * number + scores.argmax(dim=1).cpu()
     return torch.bincount(pairs, minlength=number * number).view(number, number)
+
+
+def check_finite(vectors: Float[Tensor, "n f"] | np.ndarray, part: str) -> None:
+    """That features are numbers.
+
+    Raises:
+        ValueError: some are infinite or not a number; which `part` they are of.
+    """
+    for start in range(0, len(vectors), ROWS_AT_ONCE):
+        block = vectors[start : start + ROWS_AT_ONCE]
+        finite = np.isfinite(block).all() if isinstance(block, np.ndarray) else block.isfinite().all()
+        if not bool(finite):
+            raise ValueError(f"some {part} features are not finite numbers; look for a collapsed or damaged encoder")

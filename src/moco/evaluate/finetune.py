@@ -6,23 +6,23 @@ Nothing is chosen by the test images: settings are fixed beforehand, and the las
 import copy
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moco.config import OptimConfig
-from moco.data import ArrayImages, Images, Loader
-from moco.embed import features
 from moco.encoder import ImageEncoder, build_backbone
 from moco.engine import choose_precision
-from moco.evaluate.contract import HeldOut, Outcome, Task
+from moco.evaluate.contract import HeldOut, Outcome, Protocol, Task, labels_of
 from moco.evaluate.knn import projected
+from moco.evaluate.reading import Batches, hold, read
 from moco.optim import FUSED_DEVICES, learning_rate, resolved_lr
 from moco.views import OneView, ViewSpec
 
@@ -74,6 +74,7 @@ FINETUNE: Mapping[str, FinetuneForm] = {
 class Plan(NamedTuple):
     """What is going to be done."""
 
+    name: str
     form: FinetuneForm
     optim: OptimConfig
     layer_decay: float
@@ -85,6 +86,19 @@ class Plan(NamedTuple):
     @property
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+    @property
+    def in_force(self) -> dict[str, Any]:
+        """As settings of an evaluation."""
+        return {
+            "form": self.name,
+            "epochs": self.epochs,
+            "lr": self.optim.base_lr,
+            "weight_decay": self.optim.weight_decay,
+            "layer_decay": self.layer_decay,
+            "batch_size": self.batch_size,
+            "precision": self.precision,
+        }
 
     def lr(self, step: int) -> float:
         """Of the backbone's last layer."""
@@ -100,9 +114,15 @@ def evaluate(task: Task) -> Outcome:
         RuntimeError: the loss is no longer a number.
     """
     held, settings, encoder = task.labelled(), task.settings, task.encoder
-    if len(held.train) < 2:
+    kind(settings.form, encoder)  # a wrong one is answered before files are read
+    source = hold(task, held.train)
+    if len(source.images) < 2:
         raise ValueError("one labelled image is too few to learn from; raise --labels")
-    plan = make_plan(task, len(held.train))
+    plan = make_plan(task, len(source.images))
+    spec = replace(CROPS, crop_scale=(plan.form.crop_min, 1.0), mean=encoder.mean, std=encoder.std)
+    if task.views:  # what may not be flipped or cut small in pre-training may not be here
+        spec = replace(spec, flip=task.views[0].flip, crop_scale=task.views[0].crop_scale)
+    batches = Batches(task, source, OneView(spec, encoder.input_size, settings.seed), plan.batch_size, whole=False)
     devices = [task.device] if task.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
@@ -113,7 +133,7 @@ def evaluate(task: Task) -> Outcome:
         dtype = torch.float64 if plan.precision == "fp64" else torch.float32
         for module in (network, classifier):
             module.to(task.device, dtype)
-        _train(task, plan, network, classifier, held.train)
+        _train(task, plan, network, classifier, batches, labels_of(source.images))
     tuned = ImageEncoder(
         network,
         name=encoder.name,
@@ -123,26 +143,40 @@ def evaluate(task: Task) -> Outcome:
         std=encoder.std,
         input_size=encoder.input_size,
     )
-    vectors = features(
-        tuned.eval(),
-        held.test,
-        precision=plan.precision,
-        on_progress=lambda done, total: task.report("test images", done, total),
-    )
-    return Outcome({}, projected(classifier, vectors), notes=(_said(task, plan, len(held.train)),))
+    test = read(task, held.test, "test", encoder=tuned.eval(), precision=plan.precision)
+    notes = (_said(task, plan, len(source.images)), *batches.notes, *test.notes)
+    scores = projected(classifier, test.vectors)
+    return Outcome({}, scores, notes, labels_of(test.images), settings.model_copy(update=plan.in_force))
+
+
+def kind(form: str | None, encoder: ImageEncoder) -> str:
+    """The form that is named, or that of this kind of network.
+
+    Raises:
+        ValueError: it is not in `FINETUNE`.
+    """
+    form = form or ("vit" if hasattr(encoder.backbone, "patch_embed") else "resnet")
+    if form not in FINETUNE:
+        near = difflib.get_close_matches(form, FINETUNE, n=1)
+        raise ValueError(
+            f"unknown form {form!r} of finetune: expected one of {', '.join(FINETUNE)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    return form
+
+
+PROTOCOL = Protocol(
+    evaluate,
+    frozenset({"form", "labels", "epochs", "lr", "weight_decay", "layer_decay", "from_scratch", "batch_size"}),
+    default_form=lambda encoder: kind(None, encoder),
+)
 
 
 def make_plan(task: Task, num_images: int) -> Plan:
     """The form of this kind of network, with what the settings say in its place."""
     settings = task.settings
-    kind = settings.form or ("vit" if hasattr(task.encoder.backbone, "patch_embed") else "resnet")
-    if kind not in FINETUNE:
-        near = difflib.get_close_matches(kind, FINETUNE, n=1)
-        raise ValueError(
-            f"unknown form {kind!r} of finetune: expected one of {', '.join(FINETUNE)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
-    form = FINETUNE[kind]
+    name = kind(settings.form, task.encoder)
+    form = FINETUNE[name]
     batch = min(settings.batch_size or form.batch_size, num_images)
     per_epoch = num_images // batch
     epochs = settings.epochs or max(form.epochs, math.ceil(form.min_steps / per_epoch))
@@ -154,7 +188,7 @@ def make_plan(task: Task, num_images: int) -> Plan:
     )
     decay = form.layer_decay if settings.layer_decay is None else settings.layer_decay
     precision = choose_precision(task.device.type) if settings.precision == "auto" else settings.precision
-    return Plan(form, optim, decay, batch, epochs, per_epoch, precision)
+    return Plan(name, form, optim, decay, batch, epochs, per_epoch, precision)
 
 
 def trainable(encoder: ImageEncoder, *, from_scratch: bool) -> nn.Module:
@@ -207,15 +241,21 @@ def parameter_groups(backbone: nn.Module, classifier: nn.Module, *, form: Finetu
     return groups
 
 
-def _train(task: Task, plan: Plan, network: nn.Module, classifier: nn.Module, images: Images) -> None:
-    assert images.labels is not None
+def _train(
+    task: Task,
+    plan: Plan,
+    network: nn.Module,
+    classifier: nn.Module,
+    batches: Batches,
+    labels: Int64[Tensor, " n"],
+) -> None:
     device, done = task.device, 0
-    labels = images.labels.to(device)
+    labels = labels.to(device)
     optimizer = _optimizer(plan, parameter_groups(network, classifier, form=plan.form, decay=plan.layer_decay))
     layout = torch.channels_last if plan.precision == "bf16" else torch.contiguous_format
     network.train().to(memory_format=layout)
     running = torch.zeros((), device=device)
-    for batch, ids in _batches(task, plan, images):
+    for batch, ids in chain.from_iterable(map(batches, range(plan.epochs))):
         for group in optimizer.param_groups:
             group["lr"] = plan.lr(done) * group["rate"]
         batch = batch.to(next(classifier.parameters()).dtype, memory_format=layout)
@@ -233,22 +273,6 @@ def _train(task: Task, plan: Plan, network: nn.Module, classifier: nn.Module, im
                     f"{plan.optim.base_lr:g} per 256 images), or use --precision fp32"
                 )
             task.report("training", done, plan.steps)
-
-
-def _batches(task: Task, plan: Plan, images: Images) -> Iterator[tuple[Float[Tensor, "n c s s"], Int64[Tensor, " n"]]]:
-    """Of all epochs: one view of each image, and its place among the images."""
-    encoder, seed, device = task.encoder, task.settings.seed, task.device
-    spec = replace(CROPS, crop_scale=(plan.form.crop_min, 1.0), mean=encoder.mean, std=encoder.std)
-    if task.views:  # what may not be flipped or cut small in pre-training may not be here
-        spec = replace(spec, flip=task.views[0].flip, crop_scale=task.views[0].crop_scale)
-    view = OneView(spec, encoder.input_size, seed)
-    loader = Loader(images, batch_size=plan.batch_size, seed=seed, device=device, crop=view.crop)
-    for epoch in range(plan.epochs):
-        for pixels, ids in loader.epoch(epoch):
-            if isinstance(images, ArrayImages):
-                yield view(pixels, ids, epoch=epoch), ids
-            else:
-                yield view.finish(pixels.to(device, non_blocking=True), ids, epoch=epoch), ids
 
 
 def _optimizer(plan: Plan, groups: list[dict[str, Any]]) -> Optimizer:
@@ -269,5 +293,6 @@ def _said(task: Task, plan: Plan, num_images: int) -> str:
     return (
         f"From {start}: {num_images:,} labelled images, {plan.epochs} epochs of batches of {plan.batch_size}, "
         f"{plan.steps:,} steps of {plan.form.optimizer.upper()}; {rate} for the backbone, {plan.form.classifier:g} "
-        f"times that for the classifier, layer decay {plan.layer_decay:g}, weight decay {plan.optim.weight_decay:g}."
+        f"times that for the classifier, layer decay {plan.layer_decay:g}, weight decay {plan.optim.weight_decay:g}; "
+        f"{plan.precision}. Test images are seen whole but for what is longer than the short side."
     )

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from moco.data import ArrayImages, BadImage, FileImages, Images
+from moco.data import ArrayImages, BadImage, FileImages, Images, some_of
 from moco.embed import Report
 from moco.encoder import ImageEncoder
 from moco.engine import choose_precision
-from moco.evaluate.contract import Outcome, Task
+from moco.evaluate.contract import Outcome, Protocol, Task
 from moco.evaluate.knn import projected
 from moco.views import VIEWS, TwoViews
 
@@ -41,7 +41,7 @@ DEAD = 0.01
 
 def evaluate(task: Task) -> Outcome:
     """The protocol: two views of training images as the run had them, or by the recipe `v2`; no labels."""
-    encoder, images = task.encoder, evenly(task.splits.train, MAX_IMAGES)
+    encoder, images = task.encoder, some_of(task.splits.train, MAX_IMAGES)
     if len(images) < 2:
         raise ValueError("one image has none to differ from; give a folder of more with --data")
     small = encoder.input_size <= SMALL and task.views is None
@@ -65,6 +65,9 @@ def evaluate(task: Task) -> Outcome:
         figures |= {f"projection_{name}": value for name, value in of_head.items()}
         notes.append(f"Projections: {verdict(of_head, num_images=len(images), num_dims=pair[0].shape[1])}")
     return Outcome(figures, notes=tuple(notes))
+
+
+PROTOCOL = Protocol(evaluate, frozenset(), wants_projector=True)
 
 
 def alignment(x: Vectors, y: Vectors, *, alpha: float = 2.0) -> float:
@@ -253,13 +256,6 @@ def two_crops(
     if bad:
         logging.getLogger("moco").warning("%d of %d images are black: %s", len(bad), len(out), bad[0])
     return out
-
-
-def evenly(images: Images, most: int) -> Images:
-    """All images, or so many at even distances."""
-    if len(images) <= most:
-        return images
-    return images.select(torch.linspace(0, len(images) - 1, most).long())
 
 
 def _made(task: Task, small: bool) -> str:

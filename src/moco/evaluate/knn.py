@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from moco.embed import Embeddings, features
-from moco.evaluate.contract import Outcome, Task, accuracies
+from moco.embed import Embeddings
+from moco.evaluate.contract import Outcome, Protocol, Task, accuracies, check_finite, labels_of
+from moco.evaluate.reading import read
 from moco.neighbours import AT_ONCE, nearest
 
 Vectors = Float[Tensor, "n f"]
@@ -24,22 +25,19 @@ def evaluate(task: Task) -> Outcome:
     """The protocol: features, or projections, of the training images vote on those of the test images."""
     held, settings = task.labelled(), task.settings
     assert settings.k is not None and settings.temperature is not None
-    bank, queries = (
-        features(
-            task.encoder,
-            images,
-            precision=settings.precision,
-            on_progress=lambda done, total, part=part: task.report(f"features of the {part} images", done, total),
-        )
-        for part, images in (("training", held.train), ("test", held.test))
-    )
+    train, test = read(task, held.train, "training"), read(task, held.test, "test")
+    bank, queries = train.vectors, test.vectors
     if settings.features == "projection":
         assert task.projector is not None
         bank, queries = (projected(task.projector, vectors) for vectors in (bank, queries))
-    scores = knn_scores(
-        bank, held.train_labels, queries.to(task.device), k=settings.k, temperature=settings.temperature
-    )
-    return Outcome({}, scores)
+    for part, vectors in (("training", bank), ("test", queries)):
+        check_finite(vectors, part)
+    labels, wanted = labels_of(train.images), labels_of(test.images)
+    scores = knn_scores(bank, labels, queries.to(task.device), k=settings.k, temperature=settings.temperature)
+    return Outcome({}, scores, (*train.notes, *test.notes), wanted)
+
+
+PROTOCOL = Protocol(evaluate, frozenset({"features", "k", "temperature", "labels"}))
 
 
 @torch.inference_mode()
@@ -68,8 +66,8 @@ def knn(train: Embeddings, test: Embeddings, *, k: int = 200, temperature: float
         ValueError: one of the two has no labels.
 
     Example:
-        >>> moco.knn(moco.embed(encoder, "train/"), moco.embed(encoder, "test/"), k=200)["top1"]   # doctest: +SKIP
-        82.6
+        >>> sorted(moco.knn(moco.embed(encoder, "train/"), moco.embed(encoder, "test/"), k=200))   # doctest: +SKIP
+        ['top1', 'top5']
     """
     for name, part in (("train", train), ("test", test)):
         if part.labels is None:

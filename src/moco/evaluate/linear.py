@@ -1,33 +1,35 @@
 """Linear classification on a frozen encoder, in the published forms; `fast`, on features at hand, is in `probe`.
 
 `official` is MoCo v1 and v2's (arXiv:1911.05722, section 4.1), `v3` is MoCo v3's (arXiv:2104.02057, and its code),
-`leftthomas` that of a much used CIFAR re-implementation of MoCo.
+`leftthomas` that of a much used CIFAR re-implementation of MoCo. Test images are cut as published: of 256 pixels of the
+short side the middle 224, or in this proportion at another size; `fast` takes the whole of the short side.
 """
 
 import copy
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from moco.config import EvaluateConfig
-from moco.data import ArrayImages, BadImage, Images, Loader, epoch_order, resized
-from moco.embed import features
 from moco.encoder import ImageEncoder
-from moco.evaluate.contract import HeldOut, Outcome, Task, accuracies
-from moco.evaluate.probe import Settings, figures, probe
+from moco.evaluate.contract import HeldOut, Outcome, Protocol, Task, accuracies, labels_of
+from moco.evaluate.probe import BATCH_SIZE, Settings, figures, passes, probe
+from moco.evaluate.reading import Batches, Read, hold, read
 from moco.views import VIEWS, OneView, ViewSpec
 
 LOOK_EVERY = 10
 """Epochs between looks at the test images where the encoder's statistics drift, so that each costs a pass over them."""
+BEST = {False: "best_top1", True: "best_top1_of_looks"}
+"""The figure that the published code prints, and what stands for it where not every epoch is looked at."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class LinearForm:
 
     optimizer: Literal["sgd", "adam"]
     lr: float
-    """Per 256 images."""
+    """Per 256 images if it is `scaled`."""
     vit_lr: float
     """The same for vision transformers."""
     batch_size: int
@@ -48,6 +50,8 @@ class LinearForm:
     small_init: bool = True
     """Weights from N(0, 0.01), biases 0; else as PyTorch's linear layer has it."""
     weight_decay: float = 0.0
+    scaled: bool = True
+    """The rate is multiplied by the batch size over 256."""
     drifting: bool = False
     """The encoder is in training mode: batch statistics normalise, and the running ones, used for testing, drift."""
 
@@ -67,6 +71,7 @@ FORMS: Mapping[str, LinearForm] = {
         VIEWS["cifar"]()[0],
         small_init=False,
         weight_decay=1e-6,
+        scaled=False,
         drifting=True,
     ),
 }
@@ -76,7 +81,7 @@ def evaluate(task: Task) -> Outcome:
     """The protocol: `settings.form`, or `fast`.
 
     Raises:
-        ValueError: unknown form, projections in place of features, or images without labels.
+        ValueError: unknown form, images without labels, or too many that cannot be read.
         RuntimeError: the loss is not a number, or something frozen has changed.
     """
     name = task.settings.form or "fast"
@@ -87,59 +92,71 @@ def evaluate(task: Task) -> Outcome:
             f"unknown form {name!r} of linear: expected one of {', '.join(known)}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    if task.settings.features != "features":
-        raise ValueError("linear is defined on features; leave out --features, which is for --protocol knn")
     return _fast(task) if name == "fast" else _published(task, name)
+
+
+PROTOCOL = Protocol(
+    evaluate,
+    frozenset({"form", "labels", "epochs", "lr", "weight_decay", "batch_size"}),
+    default_form=lambda encoder: "fast",
+    fp32=frozenset(FORMS),
+)
 
 
 def _fast(task: Task) -> Outcome:
     settings, held = task.settings, task.labelled()
-    train, test = (
-        features(
-            task.encoder,
-            images,
-            precision=settings.precision,
-            on_progress=lambda done, total, part=part: task.report(f"features of the {part} images", done, total),
-        )
-        for part, images in (("training", held.train), ("test", held.test))
-    )
+    train, test = read(task, held.train, "training"), read(task, held.test, "test")
     asked = Settings(settings.lr, settings.weight_decay, settings.epochs, settings.batch_size, settings.seed)
-    found = probe(train, held.train_labels, test, settings=asked, device=task.device)
+    found = probe(train.vectors, labels_of(train.images), test.vectors, settings=asked, device=task.device)
     where = (
         "left at the default, for no class has two training images"
         if math.isnan(found.validation_top1)
         else "chosen on every tenth training image of each class, then trained on all"
     )
     note = f"Learning rate {found.lr:g} and weight decay {found.weight_decay:g}: {where}; no test image had a say."
+    whole = "Images are seen whole but for what is longer than the short side; the published forms cut test images."
     chosen = {name: value for name, value in figures(found).items() if not math.isnan(value)}
-    return Outcome(chosen, found.scores, (note,))
+    used = {
+        "form": "fast",
+        "lr": found.lr,
+        "weight_decay": found.weight_decay,
+        "epochs": passes(len(train.images), asked)[1],
+        "batch_size": settings.batch_size or BATCH_SIZE,
+    }
+    notes = (note, whole, *train.notes, *test.notes)
+    return Outcome(chosen, found.scores, notes, labels_of(test.images), settings.model_copy(update=used))
 
 
 def _published(task: Task, name: str) -> Outcome:
-    form, settings, held, device = FORMS[name], task.settings, task.labelled(), task.device
-    epochs, batch_size = settings.epochs or form.epochs, settings.batch_size or form.batch_size
-    dtype = torch.float64 if settings.precision == "fp64" else torch.float32
-    layout = torch.channels_last if settings.precision == "bf16" else torch.contiguous_format
+    form, held, device = FORMS[name], task.labelled(), task.device
+    settings = in_force(name, task)
+    epochs, batch_size, precision = settings.epochs, settings.batch_size, settings.precision
+    assert epochs and batch_size
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    layout = torch.channels_last if precision == "bf16" else torch.contiguous_format
     # A copy: it may drift, and the check below then speaks of what was really used.
     encoder = copy.deepcopy(task.encoder).to(dtype).to(memory_format=layout).train(form.drifting)
     before = tensors_of(encoder)
+    source = hold(task, held.train)
     spec = replace(form.view, mean=encoder.mean, std=encoder.std)
-    read = _batches(held.train, OneView(spec, encoder.input_size, settings.seed), batch_size, settings.seed, device)
-    labels, test_labels = held.train_labels.to(device), held.test_labels
+    batches = Batches(task, source, OneView(spec, encoder.input_size, settings.seed), batch_size, whole=True)
+    labels = labels_of(source.images).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         classifier = build_classifier(form, encoder.num_features, _num_classes(held)).to(device, dtype)
         optimizer = build_optimizer(form, settings, [*encoder.parameters(), *classifier.parameters()])
-        scores = _tester(task, form, encoder, classifier, held.test)
-        best, last, steps = 0.0, torch.empty(0), math.ceil(len(held.train) / batch_size)
+        test = read(task, held.test, "test", encoder=encoder, precision=precision, cut=True)
+        test_labels = labels_of(test.images)
+        scores = _tester(task, form, encoder, classifier, test, precision)
+        best, last, steps = 0.0, torch.empty(0), math.ceil(len(source.images) / batch_size)
         for epoch in range(epochs):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(form, settings, epoch, is_vit=hasattr(encoder.backbone, "patch_embed"))
             total = torch.zeros((), device=device)
-            for step, (views, ids) in enumerate(read(epoch)):
+            for step, (views, ids) in enumerate(batches(epoch)):
                 if form.drifting and len(ids) == 1:
                     continue  # one image has no batch statistics
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     inputs = encoder(views.to(dtype=dtype, memory_format=layout)).to(dtype)
                 loss = F.cross_entropy(classifier(inputs), labels[ids.to(device)])
                 optimizer.zero_grad()
@@ -155,21 +172,44 @@ def _published(task: Task, name: str) -> Outcome:
                 best = max(best, accuracies(last, test_labels)["top1"])
     if not form.drifting:
         check_frozen(encoder, before)
-    return Outcome({"best_top1": best}, last, _notes(name, epochs))
+    notes = (*_notes(name, settings), *batches.notes, *test.notes)
+    return Outcome({BEST[form.drifting]: best}, last, notes, test_labels, settings)
 
 
-def _notes(name: str, epochs: int) -> tuple[str, ...]:
+def in_force(name: str, task: Task) -> EvaluateConfig:
+    """The settings, with the form's where there were none."""
+    form, given = FORMS[name], task.settings
+    lr = form.vit_lr if hasattr(task.encoder.backbone, "patch_embed") else form.lr
+    return given.model_copy(
+        update={
+            "form": name,
+            "epochs": given.epochs or form.epochs,
+            "batch_size": given.batch_size or form.batch_size,
+            "lr": lr if given.lr is None else given.lr,
+            "weight_decay": form.weight_decay if given.weight_decay is None else given.weight_decay,
+            "precision": "fp32" if given.precision == "auto" else given.precision,
+        }
+    )
+
+
+def _notes(name: str, settings: EvaluateConfig) -> tuple[str, ...]:
     form = FORMS[name]
-    looks = f"every {LOOK_EVERY}th epoch and the last" if form.drifting else "every epoch"
+    best = (
+        f"best_top1_of_looks is the best of every {LOOK_EVERY}th epoch and the last on the test images (the published "
+        "code takes the best of all)"
+        if form.drifting
+        else "best_top1 is the best of every epoch on the test images, as it is published"
+    )
     encoder = (
         "The encoder's weights were frozen; its batch-norm statistics were not, as published."
         if form.drifting
         else "Every tensor of the encoder is bit-equal to what it was before."
     )
     return (
-        f"{name}, {epochs} epochs: top1 and top5 are of the last one; best_top1 is the best of {looks} on the test "
-        "images, as it is published, and so chosen by them.",
+        f"{name}, {settings.epochs} epochs in {settings.precision}: top1 and top5 are of the last one; {best}, and so "
+        "chosen by them.",
         encoder,
+        "Test images are cut as published: of 256 pixels of the short side the middle 224, or in this proportion.",
     )
 
 
@@ -197,10 +237,10 @@ def build_optimizer(form: LinearForm, settings: EvaluateConfig, params: list[nn.
 
 
 def learning_rate(form: LinearForm, settings: EvaluateConfig, epoch: int, *, is_vit: bool) -> float:
-    """Of an epoch, counted from 0: the rate per 256 images x batch size / 256, along the form's schedule."""
+    """Of an epoch, counted from 0, along the form's schedule; a scaled rate is multiplied by batch size / 256."""
     epochs = settings.epochs or form.epochs
     peak = settings.lr if settings.lr is not None else form.vit_lr if is_vit else form.lr
-    peak *= (settings.batch_size or form.batch_size) / 256
+    peak *= (settings.batch_size or form.batch_size) / 256 if form.scaled else 1
     if form.schedule == "step":
         return peak * 0.1 ** sum(epoch >= round(share * epochs) for share in (0.6, 0.8))
     if form.schedule == "cosine":
@@ -225,68 +265,15 @@ def check_frozen(module: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 def _tester(
-    task: Task, form: LinearForm, encoder: ImageEncoder, classifier: nn.Linear, images: Images
+    task: Task, form: LinearForm, encoder: ImageEncoder, classifier: nn.Linear, test: Read, precision: str
 ) -> Callable[[], Float[Tensor, "m classes"]]:
-    """What gives the scores of the test images; features that cannot change are computed once."""
-
-    def found() -> Tensor:
-        whole = features if form.drifting else cut_features
-        return whole(encoder, images, precision=task.settings.precision)
-
-    cached = None if form.drifting else found()
+    """What gives the scores of the test images; features that cannot change are those that were read at first."""
 
     @torch.no_grad()
     def scores() -> Tensor:
-        vectors = found() if cached is None else cached
-        return classifier(vectors.to(classifier.weight)).cpu()
+        now = test
+        if form.drifting:
+            now = read(task, test.images, "test", encoder=encoder, precision=precision, cut=True)
+        return classifier(now.vectors.to(classifier.weight)).cpu()
 
     return scores
-
-
-def cut_features(encoder: ImageEncoder, images: Images, *, precision: str) -> Float[Tensor, "n f"]:
-    """Features of the centres: of 256 pixels of the short side the middle 224, or in this proportion at another size.
-
-    Images in memory that are no larger than the encoder's size are taken as they are.
-    """
-    size = encoder.input_size
-    small = isinstance(images, ArrayImages) and min(images.images.shape[2:]) <= size
-    if small:
-        return features(encoder, images, precision=precision)
-    short, parts = round(size * 256 / 224), []
-    margin = round((short - size) / 2)
-    for which in torch.arange(len(images)).split(256):
-        pixels = resized(images, which, size=short)[:, :, margin : margin + size, margin : margin + size]
-        parts.append(features(encoder, ArrayImages(pixels, None, None, ()), precision=precision))
-    return torch.cat(parts)
-
-
-def _batches(
-    images: Images, view: OneView, batch_size: int, seed: int, device: torch.device
-) -> Callable[[int], Iterator[tuple[Tensor, Int64[Tensor, " n"]]]]:
-    """From an epoch to its batches of (views, ids). All images come, so that the last batch may be smaller."""
-    if isinstance(images, ArrayImages):
-        pixels = images.images.to(device)
-
-        def from_memory(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-            for ids in epoch_order(len(images), seed=seed, epoch=epoch).split(batch_size):
-                yield view(pixels[ids.to(device)], ids, epoch=epoch), ids
-
-        return from_memory
-
-    loader = None
-    if len(images) >= batch_size:
-        loader = Loader(images, batch_size=batch_size, seed=seed, device=device, crop=view.crop)
-
-    def from_files(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        if loader:
-            for crops, ids in loader.epoch(epoch):
-                yield view.finish(crops.to(device, non_blocking=True), ids, epoch=epoch), ids
-        # The loader drops what is less than a batch.
-        rest = epoch_order(len(images), seed=seed, epoch=epoch)[len(images) // batch_size * batch_size :]
-        read = [(each, id) for each, id in zip(images.decode_many(rest.tolist()), rest.tolist(), strict=True)]
-        good = [(view.crop(each, id, epoch), id) for each, id in read if not isinstance(each, BadImage)]
-        if good:
-            ids = torch.tensor([id for _, id in good])
-            yield view.finish(torch.stack([crop for crop, _ in good]).to(device), ids, epoch=epoch), ids
-
-    return from_files

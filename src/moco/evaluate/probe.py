@@ -7,6 +7,7 @@ logistic regression algorithm: the Hessian is at most half the covariance). So a
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from moco.embed import Embeddings
-from moco.evaluate.contract import accuracies
+from moco.evaluate.contract import ROWS_AT_ONCE, accuracies, check_finite
+from moco.scratch import HELD
 
 Vectors = Float[Tensor, "n f"]
 Labels = Int64[Tensor, " n"]
@@ -72,6 +74,23 @@ class Axes(NamedTuple):
         return F.pad((vectors.to(self.mean.device) - self.mean) @ self.turn, (0, 1), value=1.0)
 
 
+class Inputs(NamedTuple):
+    """Rows on their axes.
+
+    Attributes:
+        axes: of the rows.
+        vectors: the rows before.
+        turned: the rows after, where there is memory for all.
+    """
+
+    axes: Axes
+    vectors: Vectors
+    turned: Float[Tensor, "n g"] | None
+
+    def __call__(self, which: Int64[Tensor, " r"]) -> Float[Tensor, "r g"]:
+        return self.axes(self.vectors[which]) if self.turned is None else self.turned[which.to(self.turned.device)]
+
+
 def linear(
     train: Embeddings,
     test: Embeddings,
@@ -100,8 +119,9 @@ def linear(
         ValueError: one of the two has no labels, or they are of different encoders, or not finite.
 
     Example:
-        >>> moco.linear(moco.embed(encoder, "train/"), moco.embed(encoder, "test/"))["top1"]       # doctest: +SKIP
-        86.3
+        >>> figures = moco.linear(moco.embed(encoder, "train/"), moco.embed(encoder, "test/"))     # doctest: +SKIP
+        >>> sorted(figures)                                                                        # doctest: +SKIP
+        ['lr', 'top1', 'top5', 'validation_top1', 'weight_decay']
     """
     for name, part in (("train", train), ("test", test)):
         if part.labels is None:
@@ -148,9 +168,9 @@ def probe(
             "expected both of one encoder"
         )
     for name, part in (("training", train), ("test", test)):
-        if not bool(part.isfinite().all()):
-            raise ValueError(f"some {name} features are not finite numbers; look for a collapsed or damaged encoder")
+        check_finite(part, name)
     axes = principal_axes(train, device or torch.device("cpu"))
+    inputs = on_axes(axes, train)
     num_classes = int(labels.max()) + 1
     rates = RATES if settings.lr is None else (settings.lr,)
     decays = DECAYS if settings.weight_decay is None else (settings.weight_decay,)
@@ -163,11 +183,11 @@ def probe(
         found = []
         for start in range(0, len(pairs), size):
             some = pairs[start : start + size]
-            weights = fit(axes, train, labels, learned, some, num_classes=num_classes, settings=settings)
-            found += zip(_judged(axes, train, labels, asked, weights), some, strict=True)
+            weights = fit(inputs, labels, learned, some, num_classes=num_classes, settings=settings)
+            found += zip(_judged(inputs, labels, asked, weights), some, strict=True)
         (validation, _), chosen = max(found, key=lambda each: each[0])
     everything = torch.arange(len(train))
-    weights = fit(axes, train, labels, everything, [chosen], num_classes=num_classes, settings=settings)
+    weights = fit(inputs, labels, everything, [chosen], num_classes=num_classes, settings=settings)
     scores = torch.cat([(axes(part) @ weights[0]).cpu() for part in test.split(BATCH_SIZE)])
     return Probe(scores, *chosen, validation)
 
@@ -184,11 +204,27 @@ def held_back(labels: Labels, seed: int) -> Tensor:
 
 def principal_axes(vectors: Vectors, device: torch.device) -> Axes:
     """The axes of these features; a feature that never changes is left out."""
-    wide = vectors[:: math.ceil(len(vectors) / CURVATURE_ROWS)].cpu().double()
-    mean, spread = wide.mean(dim=0), wide.std(dim=0, correction=0)
-    scale = torch.where(spread > 1e-6 * (1e-6 + wide.abs().amax(dim=0)), 1 / spread, 0.0)
-    standard = (wide - mean) * scale
-    curvature, rotation = torch.linalg.eigh(standard.T @ standard / len(standard))
+    seen = vectors[:: math.ceil(len(vectors) / CURVATURE_ROWS)]
+    width = seen.shape[1]
+
+    def total(of: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+        """Sums over blocks in float64, in which all rows at once would take twice the features' own memory."""
+        for part in seen.split(ROWS_AT_ONCE):
+            start = start + of(part.cpu().double())
+        return start
+
+    mean = total(lambda part: part.sum(dim=0), torch.zeros(width, dtype=torch.float64)) / len(seen)
+    square = total(lambda part: (part - mean).square().sum(dim=0), torch.zeros(width, dtype=torch.float64))
+    spread = (square / len(seen)).sqrt()
+    largest = torch.maximum(seen.amax(dim=0), -seen.amin(dim=0)).cpu().double()
+    scale = torch.where(spread > 1e-6 * (1e-6 + largest), 1 / spread, 0.0)
+
+    def products(part: Tensor) -> Tensor:
+        standard = (part - mean) * scale
+        return standard.T @ standard
+
+    covariance = total(products, torch.zeros(width, width, dtype=torch.float64)) / len(seen)
+    curvature, rotation = torch.linalg.eigh(covariance)
     return Axes(
         mean.float().to(device),
         (scale[:, None] * rotation).float().to(device),
@@ -196,39 +232,51 @@ def principal_axes(vectors: Vectors, device: torch.device) -> Axes:
     )
 
 
+def on_axes(axes: Axes, vectors: Vectors) -> Inputs:
+    """Turned once if the result may be held: an epoch needs every row, and so does every pair that learns later."""
+    if 4 * len(vectors) * len(axes.curvature) > HELD:
+        return Inputs(axes, vectors, None)
+    return Inputs(axes, vectors, torch.cat([axes(part) for part in vectors.split(ROWS_AT_ONCE)]))
+
+
+def passes(num_rows: int, settings: Settings) -> tuple[int, int]:
+    """Batches an epoch, and epochs."""
+    parts = math.ceil(num_rows / (settings.batch_size or BATCH_SIZE))
+    return parts, settings.epochs or max(EPOCHS, math.ceil(MIN_STEPS / parts))
+
+
 def fit(
-    axes: Axes,
-    vectors: Vectors,
+    inputs: Inputs,
     labels: Labels,
     rows: Int64[Tensor, " r"],
     pairs: list[tuple[float, float]],
     *,
     num_classes: int,
     settings: Settings,
-) -> Float[Tensor, "p f+1 classes"]:
+) -> Float[Tensor, "p g classes"]:
     """Classifiers on these rows, one a pair of (learning rate, weight decay), all learning from the same batches.
 
     SGD with momentum, the rate falling to 0 along a cosine.
     """
-    device, num_axes = axes.mean.device, len(axes.curvature)
+    curvature = inputs.axes.curvature
+    device, num_axes = curvature.device, len(curvature)
     rates, decays = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
     decay = decays.expand(num_axes, -1).clone()
     decay[-1] = 0  # the biases
-    rate = (rates / (axes.curvature[:, None] / 2 + decay).clamp(min=1e-12))[:, :, None]  # f+1 p 1
+    rate = (rates / (curvature[:, None] / 2 + decay).clamp(min=1e-12))[:, :, None]  # f+1 p 1
     decay = decay[:, :, None]
     weights = torch.zeros(num_axes, len(pairs), num_classes, device=device)
     velocity = torch.zeros_like(weights)
     generator = torch.Generator().manual_seed(settings.seed)
-    parts = math.ceil(len(rows) / (settings.batch_size or BATCH_SIZE))
-    epochs = settings.epochs or max(EPOCHS, math.ceil(MIN_STEPS / parts))
+    parts, epochs = passes(len(rows), settings)
     for epoch in range(epochs):
         order = rows[torch.randperm(len(rows), generator=generator)]
         for part, which in enumerate(order.tensor_split(parts)):
-            inputs = axes(vectors[which])
-            wanted = F.one_hot(labels[which].to(device), num_classes).to(inputs)
-            errors = (inputs @ weights.flatten(1)).unflatten(1, weights.shape[1:]).softmax(dim=2)
+            batch = inputs(which)
+            wanted = F.one_hot(labels[which].to(device), num_classes).to(batch)
+            errors = (batch @ weights.flatten(1)).unflatten(1, weights.shape[1:]).softmax(dim=2)
             errors = errors.sub_(wanted[:, None]).div_(len(which))  # gradient of the mean cross-entropy
-            gradient = (inputs.T @ errors.flatten(1)).view_as(weights).addcmul_(weights, decay)
+            gradient = (batch.T @ errors.flatten(1)).view_as(weights).addcmul_(weights, decay)
             velocity.mul_(MOMENTUM).addcmul_(gradient, rate)
             left = 0.5 * (1 + math.cos(math.pi * (epoch * parts + part) / (epochs * parts)))
             weights.sub_(velocity, alpha=left)
@@ -242,12 +290,12 @@ def _at_once(num_features: int, num_classes: int, settings: Settings) -> int:
 
 
 def _judged(
-    axes: Axes, vectors: Vectors, labels: Labels, rows: Int64[Tensor, " r"], weights: Float[Tensor, "p f+1 classes"]
+    inputs: Inputs, labels: Labels, rows: Int64[Tensor, " r"], weights: Float[Tensor, "p g classes"]
 ) -> list[tuple[float, float]]:
     """Accuracy in percent and, for those that are equal, minus the loss of each classifier; diverged ones come last."""
     right, loss = torch.zeros(2, len(weights), dtype=torch.float64)
     for which in rows.split(BATCH_SIZE):
-        scores, wanted = (axes(vectors[which]) @ weights).cpu(), labels[which]  # p b classes
+        scores, wanted = (inputs(which) @ weights).cpu(), labels[which]  # p b classes
         right += (scores.argmax(dim=2) == wanted).sum(dim=1)
         loss -= scores.double().log_softmax(dim=2)[:, torch.arange(len(which)), wanted].sum(dim=1)
     return [

@@ -1,0 +1,240 @@
+"""Images as protocols read them: features of those that can be read, and batches of random views."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from moco.data import ArrayImages, BadImage, Images, Loader, epoch_order
+from moco.data.folder import NUM_NAMED
+from moco.embed import read_features
+from moco.encoder import ImageEncoder
+from moco.evaluate.contract import ROWS_AT_ONCE, Task
+from moco.views import OneView
+
+DECODED_AT_ONCE = 32
+"""Pictures of camera size that are held until they are cropped."""
+
+Batch = tuple[Float[Tensor, "n c s s"], Int64[Tensor, " n"]]
+
+
+class Read(NamedTuple):
+    """Images that could be read, with their features in the same order, and in words what was left out."""
+
+    images: Images
+    vectors: Float[Tensor, "n f"]
+    notes: tuple[str, ...]
+
+
+@torch.inference_mode()
+def read(
+    task: Task,
+    images: Images,
+    part: str,
+    *,
+    encoder: ImageEncoder | None = None,
+    precision: str | None = None,
+    cut: bool = False,
+) -> Read:
+    """Features of all images that can be read.
+
+    Args:
+        task: whose encoder, precision and share of unreadable files count.
+        images: whose features are taken.
+        part: what they are called: training or test.
+        encoder: in place of the task's.
+        precision: in place of the task's.
+        cut: the middle of a larger square, as published linear classifiers are tested; see `cut_side`.
+
+    Raises:
+        ValueError: too many files cannot be read.
+    """
+    encoder = encoder or task.encoder
+    vectors, bad = read_features(
+        encoder,
+        images,
+        precision=precision or task.settings.precision,
+        short=cut_side(encoder, images) if cut else None,
+        on_progress=lambda done, total: task.report(f"features of the {part} images", done, total),
+    )
+    if not bad:
+        return Read(images, vectors, ())
+    note = left_out(list(bad.values()), len(images), part, task.data.max_bad)
+    good = torch.tensor([place for place in range(len(images)) if place not in bad])
+    for start in range(0, len(good), ROWS_AT_ONCE):  # in place, for there may be no memory for them twice
+        rows = good[start : start + ROWS_AT_ONCE]
+        vectors[start : start + len(rows)] = vectors[rows]
+    return Read(images.select(good), vectors[: len(good)], (note,))
+
+
+def cut_side(encoder: ImageEncoder, images: Images) -> int:
+    """Pixels that the short side is brought to: 256 for an encoder of 224, and in this proportion for another.
+
+    Images in memory that are no larger than the encoder's size are taken as they are.
+    """
+    size = encoder.input_size
+    small = isinstance(images, ArrayImages) and min(images.images.shape[2:]) <= size
+    return size if small else round(size * 256 / 224)
+
+
+def left_out(bad: Sequence[BadImage], num_images: int, part: str, max_bad: float, *, known: int = 0) -> str:
+    """Names unreadable files in the log, and counts them in words.
+
+    Args:
+        bad: the files.
+        num_images: among which they are.
+        part: what those are called.
+        max_bad: largest fraction of them that may be unreadable.
+        known: that were named before.
+
+    Raises:
+        ValueError: there are more, or nothing else.
+    """
+    count = known + len(bad)
+    if count > max_bad * num_images or count == num_images:
+        raise ValueError(
+            f"{count} of {num_images} {part} images cannot be read, expected at most {max_bad:.2%} in an evaluation; "
+            "repair or remove them: " + "; ".join(f"{each.path!r} ({each.reason})" for each in bad[:5])
+        )
+    log = logging.getLogger("moco")
+    for each in bad[: max(0, NUM_NAMED - known)]:
+        log.warning("left out of the evaluation: %s", each)
+    if count > NUM_NAMED:
+        log.warning("left out of the evaluation: %d of %d %s images in all", count, num_images, part)
+    return f"{count:,} of {num_images:,} {part} images could not be read and were left out."
+
+
+class Held(NamedTuple):
+    """Training images; the decoded files where there is memory for them, and in words what was left out then."""
+
+    images: Images
+    pixels: Sequence[UInt8[Tensor, "c _ _"]] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def hold(task: Task, images: Images) -> Held:
+    """Decodes files once if all of them fit `data.memory`; an estimate from the first of them says whether they do.
+
+    Raises:
+        ValueError: too many files cannot be read.
+    """
+    if isinstance(images, ArrayImages):
+        return Held(images)
+    pixels: list[Tensor] = []
+    good: list[int] = []
+    bad: list[BadImage] = []
+    used = 0
+    for places in torch.arange(len(images)).split(DECODED_AT_ONCE):
+        for place, each in zip(places.tolist(), images.decode_many(places.tolist()), strict=True):
+            if isinstance(each, BadImage):
+                bad.append(each)
+            else:
+                good.append(place)
+                pixels.append(each)
+                used += each.nbytes
+        if used / (int(places[-1]) + 1) * len(images) > task.data.memory * 2**30:
+            return Held(images)
+        task.report("decoded training images", int(places[-1]) + 1, len(images))
+    if not bad:
+        return Held(images, pixels)
+    return Held(images.select(good), pixels, (left_out(bad, len(images), "training", task.data.max_bad),))
+
+
+@final
+class Batches:
+    """From an epoch to its batches: a random view of each image, and its place among the images.
+
+    Args:
+        task: whose seed and device count.
+        held: the images.
+        view: how views are made.
+        batch_size: images a batch.
+        whole: all images come, and so the last batch may be smaller; else what is less than a batch is passed over.
+    """
+
+    def __init__(self, task: Task, held: Held, view: OneView, batch_size: int, *, whole: bool):
+        images, seed = held.images, task.settings.seed
+        self._task, self._held, self._view, self._size, self._whole = task, held, view, batch_size, whole
+        self._pixels = images.images.to(task.device) if isinstance(images, ArrayImages) else None
+        self._bad: dict[str, BadImage] = {}
+        self._loader = None
+        if self._pixels is None and held.pixels is None and len(images) >= batch_size:
+            self._loader = Loader(
+                images,
+                batch_size=batch_size,
+                seed=seed,
+                device=task.device,
+                workers=task.data.workers,
+                crop=view,
+                max_bad=task.data.max_bad,
+            )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be read so far, in words."""
+        count = len(self._bad.keys() | set(self._loader.bad if self._loader else ()))
+        number = len(self._held.images)
+        return (*self._held.notes, *([f"{count:,} of {number:,} training images could not be read."] if count else []))
+
+    def __call__(self, epoch: int) -> Iterator[Batch]:
+        """The order follows from seed and epoch alone."""
+        images, size = self._held.images, self._size
+        order = epoch_order(len(images), seed=self._task.settings.seed, epoch=epoch)
+        full = order[: len(order) // size * size]
+        rest = order[len(full) :] if self._whole else order[:0]
+        wanted = [ids for ids in (*full.split(size), rest) if len(ids)]
+        if self._pixels is not None:
+            for ids in wanted:
+                yield self._view(self._pixels[ids.to(self._task.device)], ids, epoch=epoch), ids
+        elif self._held.pixels is not None:
+            for crops, ids in self._cropped(self._held.pixels, wanted, epoch):
+                yield self._finished(crops, ids, epoch), ids
+        else:
+            for crops, ids in self._loader.epoch(epoch) if self._loader else ():
+                yield self._finished(crops, ids, epoch), ids
+            crops, ids = self._read(rest, epoch)  # the loader drops what is less than a batch
+            if len(ids):
+                yield self._finished(crops, ids, epoch), ids
+
+    def _finished(self, crops: Tensor, ids: Tensor, epoch: int) -> Tensor:
+        return self._view.finish(crops.to(self._task.device, non_blocking=True), ids, epoch=epoch)
+
+    def _cropped(
+        self, pixels: Sequence[Tensor], wanted: Sequence[Tensor], epoch: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Crops of decoded files; those of the next batch are made while one is worked on."""
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            waiting: deque[tuple[Tensor, list[Future[Tensor]]]] = deque()
+            for ids in [*wanted, None]:
+                if ids is not None:
+                    crops = [pool.submit(self._view.crop, pixels[id], id, epoch) for id in ids.tolist()]
+                    waiting.append((ids, crops))
+                if len(waiting) > (ids is not None):
+                    ready, crops = waiting.popleft()
+                    yield torch.stack([each.result() for each in crops]), ready
+
+    def _read(self, ids: Int64[Tensor, " n"], epoch: int) -> tuple[Tensor, Tensor]:
+        """Crops of files, a few of which are decoded at a time; without those that cannot be read."""
+        images = self._held.images
+        crops: list[Tensor] = []
+        good: list[int] = []
+        if isinstance(images, ArrayImages):
+            return torch.empty(0), torch.empty(0, dtype=torch.int64)
+        for part in ids.split(DECODED_AT_ONCE):
+            new: dict[str, BadImage] = {}
+            for id, each in zip(part.tolist(), images.decode_many(part.tolist()), strict=True):
+                if not isinstance(each, BadImage):
+                    crops.append(self._view.crop(each, id, epoch))
+                    good.append(id)
+                elif each.path not in self._bad:
+                    new[each.path] = each
+            if new:
+                left_out(list(new.values()), len(images), "training", self._task.data.max_bad, known=len(self._bad))
+                self._bad |= new
+        return torch.stack(crops) if crops else torch.empty(0), torch.tensor(good, dtype=torch.int64)

@@ -1,0 +1,145 @@
+"""What came out of an evaluation: how it is named, what is written of it, and where."""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moco.config import EvaluateConfig
+from moco.data import DATASETS
+from moco.evaluate.contract import replaced
+from moco.figures import confusion_matrix, save
+from moco.run import write_atomically
+
+MAX_LISTED = 100
+"""Classes up to which the JSON itself holds what was taken for what; the table of a thousand would be megabytes."""
+MAX_WORD = 24
+"""Letters of a folder's name in the name of an evaluation."""
+SHORT = {"features": "{}", "labels": "labels{}", "precision": "{}", "from_scratch": "scratch"}
+"""How a setting stands in the name of an evaluation where it is not its own name and value."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        name: protocol, images and settings in one word, which the files of the evaluation bear.
+        data: which images, as they were named.
+        figures: by name; accuracies in percent.
+        per_class: accuracy of each class in percent; empty without classes.
+        confusion: test images of the class of the row that were taken for the class of the column; or None.
+        classes: names of the classes.
+        settings: that were in force; what does not concern the protocol is as if it was not given.
+        notes: in words.
+        folder: where `name`.json and, with classes, `name`.png are; None if nothing was written.
+    """
+
+    name: str
+    data: str
+    figures: dict[str, float]
+    per_class: dict[str, float]
+    confusion: np.ndarray | None
+    classes: tuple[str, ...]
+    settings: EvaluateConfig
+    notes: tuple[str, ...]
+    folder: Path | None
+
+    @property
+    def confusion_file(self) -> Path | None:
+        """Where the confusion of more than `MAX_LISTED` classes is, as numpy writes it."""
+        large = self.confusion is not None and len(self.confusion) > MAX_LISTED
+        return self.folder / f"{self.name}.confusion.npy" if self.folder and large else None
+
+    def record(self) -> dict[str, Any]:
+        """What the JSON file holds, and `--json` prints.
+
+        `confusion` is a list of rows, or of more than `MAX_LISTED` classes the name of the file that holds them, if
+        there is one. A figure that is no finite number is None, for JSON knows no other word.
+        """
+        confusion: Any = self.confusion_file.name if self.confusion_file else None
+        if self.confusion is not None and len(self.confusion) <= MAX_LISTED:
+            confusion = self.confusion.tolist()
+        return {
+            "name": self.name,
+            "data": self.data,
+            "figures": {name: value if math.isfinite(value) else None for name, value in self.figures.items()},
+            "per_class": self.per_class,
+            "classes": list(self.classes),
+            "confusion": confusion,
+            "notes": list(self.notes),
+            "settings": self.settings.model_dump(mode="json"),
+        }
+
+    def mixups(self, most: int = 3) -> list[tuple[str, str, int]]:
+        """Class, what its images were most often taken for, and how many were: the most frequent first."""
+        if self.confusion is None:
+            return []
+        wrong = self.confusion.copy()
+        np.fill_diagonal(wrong, 0)
+        places = np.argsort(-wrong, axis=None, kind="stable")[:most]
+        pairs = [divmod(int(place), len(wrong)) for place in places]
+        return [
+            (self.classes[row], self.classes[column], int(wrong[row, column]))
+            for row, column in pairs
+            if wrong[row, column]
+        ]
+
+    def write(self) -> None:
+        """Into `folder`; the JSON last, so that what it names is there."""
+        if self.folder is None:
+            return
+        if self.confusion is not None and len(self.classes) > 1:
+            save(confusion_matrix(self.confusion, self.classes, title=self.name), self.folder / f"{self.name}.png")
+        if self.confusion_file and (counts := self.confusion) is not None:
+            write_atomically(self.confusion_file, lambda file: np.save(file, counts, allow_pickle=False))
+        text = json.dumps(self.record(), indent=2) + "\n"
+        write_atomically(self.folder / f"{self.name}.json", lambda file: file.write(text.encode()))
+
+
+def name_of(
+    protocol: str, settings: EvaluateConfig, *, default_form: str | None, data: str | None, own: str | None
+) -> str:
+    """One word for an evaluation: what was measured on which images, and each setting that was replaced.
+
+    Args:
+        protocol: its name.
+        settings: as they were given.
+        default_form: of the protocol, which need not be said.
+        data: images that were given.
+        own: those of the run, which need not be said.
+    """
+    words = [protocol.replace(":", ".")]
+    if settings.form and settings.form != default_form:
+        words.append(settings.form)
+    if data is not None and (own is None or _place(data) != _place(own)):
+        words.append(_word(data))
+    for name in replaced(settings):
+        value = getattr(settings, name)
+        if name not in ("form", "accelerator"):  # which device does it changes nothing but rounding
+            words.append(
+                SHORT.get(name, name + "{}").format(_said(round(100 * value, 9) if name == "labels" else value))
+            )
+    return "-".join(words)
+
+
+def _said(value: object) -> object:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else value
+
+
+def _place(data: str) -> str:
+    return data if data in DATASETS else str(Path(data).expanduser().absolute())
+
+
+def _word(data: str) -> str:
+    """A known set by its name, a folder by its own and a hash of where it is."""
+    if data in DATASETS:
+        return data
+    place = _place(data)
+    short = re.sub(r"[^A-Za-z0-9_.]+", "_", Path(place).name)[:MAX_WORD]
+    return f"{short}-{hashlib.sha256(place.encode('utf-8', 'surrogateescape')).hexdigest()[:6]}"
