@@ -230,6 +230,7 @@ def test_an_encoder_is_built_from_known_names_only(name: str, folder: Path, caps
         {"input_size": "large"},
         {"input_size": 0},
         {"stem": 7},
+        {"mean": [0.5, 0.5]},
     ],
 )
 def test_a_config_with_nonsense_in_it_is_refused(
@@ -244,6 +245,18 @@ def test_a_config_with_nonsense_in_it_is_refused(
 def test_a_config_that_is_none_is_refused(content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "config.json").write_bytes(content)
     assert "config.json does not describe an encoder of moco" in answer(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"stem": "smal"}, "unknown stem 'smal'"), ({"num_heads": 12}, "says 12 heads, resnet-tiny has None")],
+)
+def test_a_config_of_another_network_is_refused(
+    changed: dict[str, Any], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | changed))
+    assert words in answer(folder, capsys)
 
 
 def test_damaged_weights_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,8 +313,8 @@ ADAMW: dict[str, Any] = {"optim": {"name": "adamw", "base_lr": 1e-2}}
 def images(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """Without pictures of what is learned from them, which take most of the time of such runs."""
     module = importlib.import_module("moco.pretrain")
-    for name in ("draw_results", "draw_views", "refresh", "report"):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    for name in ("draw_results", "draw_start", "refresh"):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
     return torch.randint(0, 256, (100, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
@@ -427,7 +440,10 @@ def test_a_run_does_not_start_from_another_network(tmp_path: Path) -> None:
     torch.save(backbone.state_dict(), tmp_path / "theirs.pth")
     for model, words in (
         ({"backbone": "resnet34", "stem": "small"}, "is no resnet34: it lacks .*; it looks like resnet18$"),
-        ({"backbone": "resnet18", "stem": "imagenet"}, "with small stem for 3 channels; expected a resnet18 with imag"),
+        (
+            {"backbone": "resnet18", "stem": "imagenet"},
+            "small stem for 3 channels; the settings .*: give --model.stem small, or",
+        ),
     ):
         config = parse_config({"init_from": str(tmp_path / "theirs.pth"), "model": model})
         with pytest.raises(ValueError, match=words):

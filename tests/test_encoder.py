@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moco.backbones import BACKBONES
+from moco.config import ModelConfig
 from moco.encoder import (
+    STEMS,
     Encoder,
     ImageEncoder,
     build_backbone,
@@ -16,8 +18,11 @@ from moco.encoder import (
     mlp_bn_head,
     mlp_head,
     num_features,
+    num_heads,
+    refuse_size,
     v3_mlp,
 )
+from moco.evaluate.finetune import trainable
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -81,6 +86,43 @@ def test_the_small_stem_keeps_the_resolution_of_small_images() -> None:
     assert seen == [(2, 64, 32, 32)]
 
 
+def structure(backbone: Any) -> tuple[Any, ...]:
+    conv, shapes = backbone.conv1, {name: tensor.shape for name, tensor in backbone.state_dict().items()}
+    return conv.kernel_size, conv.stride, conv.padding, type(backbone.act1), type(backbone.maxpool), shapes
+
+
+@pytest.mark.parametrize(
+    ("stem", "kernel", "padding", "activation", "pooling"),
+    [
+        ("imagenet", 7, 3, nn.ReLU, nn.MaxPool2d),
+        ("small", 3, 1, nn.ReLU, nn.Identity),
+        ("small-pad2", 3, 2, nn.ReLU, nn.Identity),
+        ("small-linear", 3, 1, nn.Identity, nn.Identity),
+    ],
+)
+def test_an_encoder_is_trained_from_scratch_with_the_stem_that_it_has(
+    stem: str, kernel: int, padding: int, activation: type, pooling: type
+) -> None:
+    encoder = ImageEncoder(
+        on_paper("resnet18", stem=stem),
+        name="resnet18",
+        stem=stem,
+        channels=3,
+        mean=(0,) * 3,
+        std=(1,) * 3,
+        input_size=8,
+    )
+    with torch.device("meta"):
+        fresh = structure(trainable(encoder, from_scratch=True))
+    assert fresh == structure(encoder.backbone)
+    stride = 2 if stem == "imagenet" else 1
+    assert fresh[:5] == ((kernel,) * 2, (stride,) * 2, (padding,) * 2, activation, pooling)
+
+
+def test_all_stems_can_be_asked_for() -> None:
+    assert STEMS == get_args(ModelConfig.model_fields["stem"].annotation)
+
+
 @pytest.mark.parametrize("name", [*BACKBONES, "resnet18"])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_backbones_take_images_of_any_number_of_channels(name: str, channels: int) -> None:
@@ -101,11 +143,48 @@ def test_features_are_as_long_as_is_said_where_timm_has_a_layer_before_the_class
     assert backbone(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, num_features(backbone))
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit-small-v3"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit-small-v3", "eva02_tiny_patch14_224"]
+)
 def test_transformers_take_images_of_any_size(name: str) -> None:
     backbone = on_paper(name, channels=1).eval()
     for height, width in ((32, 48), (37, 20)):
         assert backbone(torch.empty(2, 1, height, width, device="meta")).shape == (2, num_features(backbone))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_transformers_of_windows_take_images_of_other_sizes(name: str) -> None:
+    backbone = on_paper(name).eval()
+    assert backbone(torch.empty(2, 3, 32, 48, device="meta")).shape == (2, num_features(backbone))
+    refuse_size(backbone, 96, channels=3)
+
+
+@pytest.mark.parametrize(("name", "own"), [("mixer_s16_224", 224), ("halonet26t", 256), ("vit_b_32", 224)])
+def test_a_network_of_one_size_is_refused_others_before_it_is_used(name: str, own: int) -> None:
+    backbone = on_paper(name)
+    refuse_size(backbone, own, channels=3)
+    with pytest.raises(
+        ValueError, match=rf"does not take images of 64 pixels .*: give it its own {own}, with"
+    ) as caught:
+        refuse_size(backbone, 64, channels=3)
+    assert "\n" not in str(caught.value) and backbone.training
+
+
+def test_trying_a_size_leaves_a_network_as_it_was() -> None:
+    backbone = build_backbone("resnet-tiny")
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    frozen = next(module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    refuse_size(backbone, 8, channels=3)
+    assert backbone.training and not frozen.training
+    torch.testing.assert_close(backbone.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [("vit-small-v3", 12), ("vit_small_patch16_224", 6), ("swin_tiny_patch4_window7_224", None), ("resnet18", None)],
+)
+def test_the_number_of_heads_is_known_where_all_layers_have_as_many(name: str, heads: int | None) -> None:
+    assert num_heads(on_paper(name)) == heads
 
 
 @pytest.mark.parametrize(
@@ -115,6 +194,11 @@ def test_transformers_take_images_of_any_size(name: str) -> None:
         ({"name": "zzzzz"}, r"unknown backbone 'zzzzz': expected a model name of timm or torchvision$"),
         ({"name": "fcn_resnet50"}, r"unknown backbone 'fcn_resnet50'"),  # not one for classification
         ({"name": "vit_tiny_patch16_224", "stem": "small"}, r"no ResNet stem .* --model.stem imagenet$"),
+        ({"name": "vit_tiny_patch16_224", "stem": "small-pad2"}, r"no ResNet stem .* --model.stem imagenet$"),
+        (
+            {"name": "resnet-tiny", "stem": "smal"},
+            r"unknown stem 'smal': .* imagenet, small, small-pad2, small-linear$",
+        ),
         ({"name": "squeezenet1_0"}, r"SqueezeNet has no classifier known here"),
         ({"name": "shufflenet_v2_x0_5", "channels": 1}, r"without 1 channels here; use one of timm's$"),
         ({"name": "shufflenet_v2_x0_5", "pretrained": True}, r"without pretrained weights here; use one of timm's$"),
@@ -213,7 +297,7 @@ def test_an_encoder_gives_projections_and_features() -> None:
 
 
 def image_encoder(*, channels: int = 3) -> ImageEncoder:
-    mean, std = (0.5, 0.4, 0.3)[:channels], (0.2, 0.1, 0.4)[:channels]
+    mean, std = (0.5, 0.4, 0.3, 0.2)[:channels], (0.2, 0.1, 0.4, 0.3)[:channels]
     return ImageEncoder(
         build_backbone("resnet-tiny", stem="small", channels=channels),
         name="resnet-tiny",
@@ -241,6 +325,24 @@ def test_preprocess_makes_pictures_grey_for_an_encoder_of_one_channel() -> None:
     encoder = image_encoder(channels=1)
     images = encoder.preprocess([Image.new("RGB", (8, 8), (255, 255, 255))])
     torch.testing.assert_close(images, torch.full((1, 1, 8, 8), (1 - 0.5) / 0.2))
+
+
+def test_images_of_other_channels_than_the_encoders_are_refused_in_one_line() -> None:
+    grey, many = image_encoder(channels=1), image_encoder(channels=4)
+    with pytest.raises(ValueError, match="^images have 3 channels; expected the encoder's 1$"):
+        grey.preprocess(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="^the encoder takes 4-channel images; moco reads images of 1 or 3 channels: "):
+        many.preprocess([Image.new("RGBA", (8, 8))])
+    pixels = torch.zeros(1, 4, 8, 8, dtype=torch.uint8)
+    assert many(many.preprocess(pixels)).shape == (1, many.num_features)
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,) * 2, (0.5,) * 2), ((0.5,) * 3, (0.5,)), ((), ())])
+def test_a_mean_for_other_channels_is_refused(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=f"mean has {len(mean)} values and std {len(std)}; expected 4, one per channel"
+    ):
+        ImageEncoder(nn.Flatten(), name="x", stem="small", channels=4, mean=mean, std=std, input_size=8)
 
 
 def test_an_image_encoder_takes_images_of_any_size_and_describes_itself() -> None:

@@ -22,9 +22,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 import moco
-from moco import checkpoint, foreign
+from moco import checkpoint
 from moco.config import parse_config
-from moco.encoder import ImageEncoder
+from moco.encoder import ImageEncoder, build_backbone
 from moco.export import EXPORTERS, Subject, Written, export
 from moco.export.to_detectron2 import detectron2_name
 from moco.run import Run
@@ -38,7 +38,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 def build_encoder(name: str, *, stem: str = "imagenet", channels: int = 3, size: int = 64) -> ImageEncoder:
     """Untrained, but with batch norms that have seen images, so that none is the identity."""
     torch.manual_seed(0)
-    backbone = foreign.build(name, stem=stem, channels=channels)
+    backbone = build_backbone(name, stem=stem, channels=channels)
     with torch.no_grad():
         backbone(torch.rand(4, channels, size, size))
     encoder = ImageEncoder(backbone, name=name, stem=stem, channels=channels, mean=MEAN, std=STD, input_size=size)
@@ -276,6 +276,29 @@ def test_timm_is_told_the_twelve_heads_of_a_v3_transformer(tmp_path: Path) -> No
         assert_same_features(model(batch(encoder)), encoder, batch(encoder))
 
 
+def test_every_folder_says_how_many_heads_a_transformer_has(shallow: None, tmp_path: Path) -> None:
+    encoder, seen = build_encoder("vit-small-v3", size=32), {}
+    for form in ("timm", "safetensors", "official"):
+        out = export(encoder, tmp_path / form, format=form)
+        assert json.loads((out / "export.json").read_text())["encoder"]["num_heads"] == 12
+        assert "It has 12 attention heads" in (out / "README.md").read_text()
+        seen[form] = out
+    assert json.loads((seen["timm"] / "config.json").read_text())["model_args"]["num_heads"] == 12
+    assert json.loads((seen["safetensors"] / "config.json").read_text())["num_heads"] == 12
+    assert torch.load(seen["official"] / "checkpoint.pth.tar", weights_only=True)["num_heads"] == 12
+
+
+def test_timm_is_told_the_heads_of_its_own_transformers_too(tmp_path: Path) -> None:
+    out = export(build_encoder("vit_tiny_patch16_224", size=32), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["model_args"]["num_heads"] == 3
+
+
+def test_timm_loads_a_transformer_of_windows_for_another_size_than_its_own(tmp_path: Path) -> None:
+    encoder = build_encoder("swin_tiny_patch4_window7_224", size=64)
+    model = timm.create_model(f"local-dir:{export(encoder, tmp_path / 'out')}", pretrained=True).eval()
+    assert_same_features(model(batch(encoder)), encoder, batch(encoder))
+
+
 def test_timm_refuses_what_it_cannot_describe_and_names_the_format_that_can(shallow: None, tmp_path: Path) -> None:
     for given in (
         build_encoder("resnet18", stem="small", size=16),
@@ -374,8 +397,9 @@ def test_onnxruntime_takes_any_number_of_images(encoder: ImageEncoder, exported:
 def test_a_vision_transformer_is_exported_to_onnx_without_a_word(
     shallow: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    export(build_encoder("vit-small-v3", size=50), tmp_path / "out", format="onnx")
+    out = export(build_encoder("vit-small-v3", size=50), tmp_path / "out", format="onnx")
     assert capfd.readouterr() == ("", "")
+    assert json.loads((out / "preprocessing.json").read_text())["num_heads"] == 12
 
 
 def test_onnx_without_its_extra_says_what_to_install(

@@ -1,7 +1,10 @@
 """Checkpoints in everybody's layouts, written here from real networks: features come out as from the network itself."""
 
+import copy
+import functools
 import logging
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +13,25 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import moco
-from moco import checkpoint
-from moco.config import parse_config
+from moco import checkpoint, foreign
+from moco.config import PretrainConfig, merge, parse_config
 from moco.encoder import ImageEncoder, build_backbone
 from moco.foreign.layouts import architecture
+from moco.model import MoCo
 from moco.run import Run
 from moco.variants import build_model
-from moco.views import CIFAR10, IMAGENET
 
 State = dict[str, Any]
+# As each system states them: MoCo's CIFAR notebook and leftthomas, solo-learn, and the rest.
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+CIFAR10_SOLO = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = {"cifar notebook", "leftthomas", "lightly's own ResNet", "lightly's own ResNet, in parts", "solo-learn, cifar"}
 
 
@@ -175,9 +183,24 @@ def source_of(layout: str) -> nn.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def starting() -> Callable[[str], tuple[MoCo, PretrainConfig]]:
+    """A model to be started from files, by its stem."""
+
+    def made(stem: str) -> tuple[MoCo, PretrainConfig]:
+        settings = {"backbone": "resnet18", "stem": stem, "dim": 8, "queue_size": 64}
+        config = parse_config({"batch_size": 32, "model": settings})
+        return build_model(config.model), config
+
+    return functools.cache(made)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_features_are_those_of_the_network_in_the_file(
-    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_features_are_those_of_the_network_in_the_file_and_a_run_starts_from_it(
+    layout: str,
+    starting: Callable[[str], tuple[MoCo, PretrainConfig]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     write, system = LAYOUTS[layout]
     model = source_of(layout)
@@ -189,9 +212,43 @@ def test_features_are_those_of_the_network_in_the_file(
     line = caplog.records[-1].getMessage()
     assert f"{system}: 120 of 120 tensors of resnet18 matched" in line
     small = layout in SMALL
-    statistics = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) if layout == "LightlyTrain" else CIFAR10 if small else IMAGENET
+    own = {
+        "LightlyTrain": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        "solo-learn, cifar": CIFAR10_SOLO,
+        "lightly's own ResNet, in parts": IMAGENET,  # also in its benchmark of CIFAR-10
+    }
+    statistics = own.get(layout, CIFAR10 if small else IMAGENET)
     assert (encoder.mean, encoder.std, encoder.input_size) == (*statistics, 32 if small else 224)
+    mean, std = (" ".join(f"{value:.4g}" for value in each) for each in statistics)
+    assert line.endswith(f"mean {mean}, std {std}" + (" (assumed)" if layout != "LightlyTrain" else ""))
     assert encoder.name == "resnet18" and not encoder.training
+    odd = {"solo-learn, cifar": "small-pad2", "lightly's own ResNet, in parts": "small-linear"}
+    started, config = starting(odd.get(layout, "small" if small else "imagenet"))
+    told = checkpoint.initialise(started, merge(config, {"init_from": str(tmp_path / "theirs.pth")}))
+    assert told.startswith(f"starts from {tmp_path}/theirs.pth: {system}: 120 of 120 tensors of resnet18 matched")
+    expected = bare(model.state_dict())
+    for side in (started.query_encoder, started.key_encoder):
+        assert all(torch.equal(each, expected[n]) for n, each in side.get_submodule("backbone").state_dict().items())
+
+
+@pytest.mark.parametrize(("layout", "stem"), [("solo-learn, cifar", "small-pad2"), ("leftthomas", "small")])
+def test_a_run_with_another_stem_is_told_which_the_file_has(
+    layout: str, stem: str, starting: Callable[[str], tuple[MoCo, PretrainConfig]], tmp_path: Path
+) -> None:
+    model, config = starting("imagenet")
+    torch.save(LAYOUTS[layout][0](source_of(layout).state_dict()), tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=f": give --model.stem {stem}, or start from another file$"):
+        checkpoint.initialise(model, merge(config, {"init_from": str(tmp_path / "theirs.pth")}))
+
+
+def test_our_own_checkpoint_keeps_the_odd_stem_it_was_trained_with(
+    starting: Callable[[str], tuple[MoCo, PretrainConfig]], tmp_path: Path
+) -> None:
+    model, config = starting("small-pad2")
+    held = {name: each for name, each in model.state_dict().items() if "key_encoder" not in name}
+    checkpoint.save(tmp_path / "last.ckpt", {"model": held, "config": config.model_dump(mode="json")})
+    encoder = moco.load_encoder(tmp_path / "last.ckpt")
+    assert encoder.stem == "small-pad2" and encoder.backbone.get_submodule("conv1").padding == (2, 2)
 
 
 @pytest.mark.parametrize("layout", ["solo-learn, cifar", "lightly's own ResNet, in parts", "cifar notebook"])
@@ -211,7 +268,7 @@ def test_what_is_not_used_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert caplog.records[-1].getMessage() == (
         f"{tmp_path}/theirs.pth.tar: official MoCo v2 checkpoint: 120 of 120 tensors of resnet18 matched under "
         "'state_dict.module.encoder_q.'; ignored: head (4), key encoder (124), queue (2); images of 224 pixels, mean "
-        "0.485 0.456 0.406"
+        "0.485 0.456 0.406, std 0.229 0.224 0.225 (assumed)"
     )
 
 
@@ -293,6 +350,18 @@ def test_the_channels_of_the_images_are_seen(tmp_path: Path) -> None:
     assert encoder(torch.randn(2, 1, 64, 64)).shape == (2, 512)
 
 
+def test_images_of_four_channels_are_the_users_own_to_prepare(tmp_path: Path) -> None:
+    torch.save(timm.create_model("resnet18", in_chans=4, num_classes=0).state_dict(), tmp_path / "theirs.pth")
+    encoder = moco.load_encoder(tmp_path / "theirs.pth")
+    assert encoder(torch.randn(2, 4, 64, 64)).shape == (2, 512) and len(encoder.mean) == len(encoder.std) == 4
+    with pytest.raises(ValueError, match="^the encoder takes 4-channel images; moco reads images of 1 or 3 channels"):
+        encoder.preprocess([Image.new("RGB", (8, 8))])
+    model = {"backbone": "resnet18", "queue_size": 64, "dim": 8}
+    config = parse_config({"batch_size": 32, "model": model, "init_from": str(tmp_path / "theirs.pth")})
+    with pytest.raises(ValueError, match="for 4 channels; .*: images have 1 or 3 here: start from another file$"):
+        checkpoint.initialise(build_model(config.model), config)
+
+
 # Vision transformers
 
 
@@ -322,12 +391,52 @@ def test_a_vit_of_v3_has_twelve_heads(vit: tuple[Path, VisionTransformer]) -> No
 def test_a_vit_of_v3_is_refused_as_one_with_other_heads(vit: tuple[Path, VisionTransformer], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a ViT-S of MoCo v3: .*12 heads.*: give vit-small-v3 as the backbone$"):
         moco.load_encoder(vit[0], backbone="vit_small_patch16_224")
-    learned = vit[1].state_dict() | {"pos_embed": torch.randn(1, 197, 384)}
-    torch.save({"model": learned}, tmp_path / "deit.pth")
-    with pytest.raises(ValueError, match="learned positions.*6 heads.*: give vit_small_patch16_224$"):
-        moco.load_encoder(tmp_path / "deit.pth", backbone="vit-small-v3")
-    encoder = moco.load_encoder(tmp_path / "deit.pth")
-    assert encoder.name == "vit_small_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def learned(vit: tuple[Path, VisionTransformer]) -> tuple[Path, VisionTransformer]:
+    """The same network of 12 heads after positions have learned: as a ViT-S of 6 heads looks."""
+    model = copy.deepcopy(vit[1])
+    assert model.pos_embed is not None
+    model.pos_embed.data += 0.1 * torch.randn(1, 197, 384)
+    path = vit[0].with_name("tuned.pth")
+    torch.save({"model": model.state_dict()}, path)
+    return path, model
+
+
+def test_a_vit_that_may_have_six_heads_or_twelve_is_not_guessed_at(learned: tuple[Path, VisionTransformer]) -> None:
+    line = refusal(learned[0])
+    assert "whose number of attention heads no tensor shows" in line
+    assert "--backbone vit_small_patch16_224 for timm's or DeiT's with 6, --backbone vit-small-v3 for one of" in line
+    assert line.endswith("with 12")
+
+
+@pytest.mark.parametrize(("name", "heads"), [("vit_small", 12), ("vit_small_patch16_224", 6)])
+def test_a_name_says_how_many_heads_and_that_is_remarked(
+    name: str, heads: int, learned: tuple[Path, VisionTransformer], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, model = learned
+    with caplog.at_level(logging.INFO, logger="moco"):
+        encoder = moco.load_encoder(path, backbone=name)
+    assert f"; {heads} attention heads assumed, as {name} has, for no tensor shows them;" in caplog.text
+    assert encoder.describe()["num_heads"] == heads
+    images = torch.randn(1, 3, 224, 224)
+    distance = (encoder(images) - model(images).detach()).abs().max()
+    assert distance < 1e-5 if heads == 12 else distance > 1e-2
+
+
+def test_a_card_or_the_file_says_how_many_heads(learned: tuple[Path, VisionTransformer], tmp_path: Path) -> None:
+    path, model = learned
+    for heads, name in ((12, "vit-small-v3"), (6, "vit_small_patch16_224")):
+        found = foreign.recognise({"state_dict": model.state_dict(), "num_heads": heads}, path)
+        assert found.backbone == name and not found.remarks
+    save_file({name: each.contiguous() for name, each in model.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_args": {"num_heads": 12}}')
+    assert moco.load_encoder(tmp_path).name == "vit-small-v3"
+    line = refusal(tmp_path, backbone="vit_small_patch16_224")
+    assert line.endswith("is said to have 12 attention heads, vit_small_patch16_224 has 6: give another --backbone")
+    (tmp_path / "config.json").write_text('{"architecture": "vit_small_patch16_224"}')
+    assert moco.load_encoder(tmp_path).name == "vit_small_patch16_224"
 
 
 # Refusals
@@ -380,6 +489,24 @@ def test_a_stem_that_may_be_either_is_refused(tmp_path: Path) -> None:
     assert "may be solo-learn's, whose 3x3 stem pads by 2" in refusal(tmp_path / "theirs.ckpt")
 
 
+def test_dictionaries_that_share_each_other_do_not_take_for_ever(tmp_path: Path) -> None:
+    """256 names for one dictionary of 256 names for one ...: 2^40 names, in a file of some kilobytes."""
+    inner: Any = {"weight": torch.ones(1)}
+    for _ in range(5):
+        inner = {f"n{number}": inner for number in range(256)}
+    torch.save(inner | {"x": torch.ones(1)}, tmp_path / "theirs.pth")
+    start = time.perf_counter()
+    assert "is no checkpoint: it has more than 100,000 names" in refusal(tmp_path / "theirs.pth")
+    assert time.perf_counter() - start < 1
+    torch.save({None: 1, "a" * 1001: torch.ones(1)}, tmp_path / "theirs.pth")
+    assert "more than 1,000 characters in a name" in refusal(tmp_path / "theirs.pth")
+    deep: Any = network().state_dict()
+    for _ in range(200):
+        deep = {"x": deep, "y": deep}
+    torch.save(deep, tmp_path / "theirs.pth")
+    assert "holds no network that is known here" in refusal(tmp_path / "theirs.pth")
+
+
 def test_reading_draws_no_random_numbers(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "theirs.pth")
     before = torch.get_rng_state()
@@ -406,7 +533,7 @@ def test_a_card_with_another_number_of_heads_is_refused(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", num_heads=12)
     save_file({name: each.contiguous() for name, each in model.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_args": {"num_heads": 12}}')
-    assert "has 12 attention heads by its config.json, vit_tiny_patch16_224 has 3" in refusal(tmp_path)
+    assert "is said to have 12 attention heads, vit_tiny_patch16_224 has 3: give another" in refusal(tmp_path)
 
 
 def test_our_own_files_are_read_one_by_one(tmp_path: Path) -> None:

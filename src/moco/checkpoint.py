@@ -7,10 +7,10 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
@@ -18,7 +18,7 @@ from torch import nn
 from moco import foreign, unpickle
 from moco.backbones import BACKBONES
 from moco.config import PretrainConfig
-from moco.encoder import Encoder, ImageEncoder
+from moco.encoder import Encoder, ImageEncoder, build_backbone, num_heads
 from moco.foreign import QUERY_BACKBONE, QUERY_HEAD, Foreign
 from moco.model import MoCo
 from moco.run import Run, write_atomically
@@ -33,6 +33,8 @@ FORMAT = 1
 
 
 OWN = "encoder of moco"
+TIMMS_SMALL = ("vit_small_", "deit_small_", "deit3_small_")
+"""Begin the names of networks that have 6 attention heads, unless a card says another number."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -94,11 +96,18 @@ class _Described(BaseModel):
 
     format: int
     backbone: str
-    stem: Literal["imagenet", "small", "small-pad2", "small-linear"]
+    stem: str
     channels: Annotated[int, Field(ge=1, le=1024)]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_size: Annotated[int, Field(ge=1, le=16384)]
+    num_heads: int | None = None
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> "_Described":
+        if len(self.mean) != len(self.std) or len(self.mean) not in (self.channels, 3):
+            raise ValueError(f"mean and std have {len(self.mean)} and {len(self.std)} values, one per channel expected")
+        return self
 
 
 def save_encoder(folder: Path, encoder: ImageEncoder) -> None:
@@ -148,7 +157,7 @@ def read_any(path: Path, *, backbone: str | None = None) -> Foreign:
         file = path / "encoder.safetensors"
         theirs = path / "model.safetensors"
         if not file.exists() and theirs.is_file():
-            return _with_card(foreign.recognise(unpickle.read(theirs), theirs, backbone=backbone), theirs)
+            return _recognised(theirs, backbone)
         for needed in (path / "config.json", file):
             if not needed.is_file():
                 raise FileNotFoundError(
@@ -159,7 +168,24 @@ def read_any(path: Path, *, backbone: str | None = None) -> Foreign:
         raise FileNotFoundError(f"{path} does not exist; expected the folder of a run, or the file of a checkpoint")
     if path.suffix == ".safetensors" and _card(path).keys() >= {"format", "backbone", "stem"}:
         return _described(path, backbone)
-    return _with_card(foreign.recognise(unpickle.read(path), path, backbone=backbone), path)
+    return _recognised(path, backbone)
+
+
+def _recognised(path: Path, backbone: str | None) -> Foreign:
+    """A file, with what a config.json of timm's beside it tells; nothing is built by a name in that."""
+    card = _card(path) if path.suffix == ".safetensors" or path.name == "pytorch_model.bin" else {}
+    arguments = card.get("model_args")
+    heads = arguments.get("num_heads") if isinstance(arguments, dict) else None
+    if type(heads) is not int or heads < 1:
+        heads = 6 if str(card.get("architecture")).startswith(TIMMS_SMALL) else None
+    source = foreign.recognise(unpickle.read(path), path, backbone=backbone, num_heads=heads)
+    try:
+        told = _TimmCard.model_validate(card["pretrained_cfg"])
+    except (KeyError, ValidationError):
+        return source
+    if not len(told.mean) == len(told.std) == source.channels:
+        return source
+    return replace(source, mean=told.mean, std=told.std, input_size=told.input_size[1], told=True)
 
 
 def _described(weights: Path, backbone: str | None) -> Foreign:
@@ -174,7 +200,9 @@ def _described(weights: Path, backbone: str | None) -> Foreign:
     _refuse_newer(about.format, described)
     if backbone not in (None, about.backbone):
         raise ValueError(f"{weights} is a {about.backbone}, not a {backbone}; leave out --backbone, or name that")
-    network = foreign.build(about.backbone, stem=about.stem, channels=about.channels)
+    network = build_backbone(about.backbone, stem=about.stem, channels=about.channels)
+    if about.num_heads not in (None, num_heads(network)):
+        raise ValueError(f"{described} says {about.num_heads} heads, {about.backbone} has {num_heads(network)}")
     try:
         tensors = load_tensors(weights.read_bytes())
     except Exception as error:  # safetensors has its own exception type per version
@@ -190,6 +218,7 @@ def _described(weights: Path, backbone: str | None) -> Foreign:
         mean=about.mean,
         std=about.std,
         input_size=about.input_size,
+        told=True,
     )
 
 
@@ -210,23 +239,6 @@ class _TimmCard(BaseModel):
     std: tuple[float, ...]
 
 
-def _with_card(source: Foreign, weights: Path) -> Foreign:
-    """With the images that timm's config.json tells of; nothing is built by a name in it."""
-    card = _card(weights) if weights.suffix == ".safetensors" else {}
-    heads = card["model_args"].get("num_heads") if isinstance(card.get("model_args"), dict) else None
-    blocks = getattr(source.network, "blocks", None)
-    ours = blocks[0].attn.num_heads if heads is not None and isinstance(blocks, nn.Sequential) else heads
-    if heads != ours:
-        raise ValueError(f"{weights} has {heads} attention heads by its config.json, {source.backbone} has {ours}")
-    try:
-        told = _TimmCard.model_validate(card["pretrained_cfg"])
-    except (KeyError, ValidationError):
-        return source
-    if not len(told.mean) == len(told.std) == source.channels:
-        return source
-    return replace(source, mean=told.mean, std=told.std, input_size=told.input_size[1])
-
-
 def initialise(model: MoCo, config: PretrainConfig) -> str:
     """Starts both encoders from the checkpoint that `config.init_from` names, and the heads if they are the same.
 
@@ -241,12 +253,13 @@ def initialise(model: MoCo, config: PretrainConfig) -> str:
     source = read_any(path, backbone=settings.backbone if path.is_file() else None)
     theirs = (source.backbone, source.stem, source.channels)
     wanted = (settings.backbone, settings.stem, config.data.channels)
-    if _alias(*theirs) != _alias(*wanted):
+    have, need = _alias(*theirs), _alias(*wanted)
+    if have != need:
         is_, expected = (f"a {name} with {stem} stem for {n} channels" for name, stem, n in (theirs, wanted))
-        raise ValueError(
-            f"{path} is {is_}; expected {expected}: change --model.backbone, --model.stem or --data.channels, or start "
-            "from another file"
-        )
+        flags = ("--model.backbone", "--model.stem", "--data.channels")
+        give = [f"{flag} {theirs[i]}" for i, flag in enumerate(flags) if have[i] != need[i]]
+        change = f"give {' '.join(give)}, or start" if source.channels in (1, 3) else "images have 1 or 3 here: start"
+        raise ValueError(f"{path} is {is_}; the settings are for {expected}: {change} from another file")
     query = model.query_encoder
     assert isinstance(query, Encoder)
     query.backbone.load_state_dict(source.network.state_dict())

@@ -1,11 +1,11 @@
-"""Backbones without classifier, the small-image stem, projectors and predictors.
+"""Backbones without classifier, their stems for small images, projectors and predictors.
 
 Initialisation follows the references: torchvision's for the backbone (its last batch norm of a block starts at 1, but
 at 0 in v3), PyTorch's default for a replaced first convolution and for all heads.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
@@ -22,6 +22,19 @@ from moco.transforms import centred, normalise, pixels_of
 from moco.vit import VITS
 
 Images = Float[Tensor, "n c h w"]
+
+# What each changes of the small stem; no tensor shows it.
+_ODD_STEMS: dict[str, Callable[[Any], None]] = {
+    "small-pad2": lambda backbone: setattr(backbone.conv1, "padding", (2, 2)),
+    "small-linear": lambda backbone: setattr(backbone, "act1", nn.Identity()),
+}
+STEMS = ("imagenet", "small", *_ODD_STEMS)
+"""`small` is a 3x3/1 convolution without pooling; solo-learn's pads by 2, lightly's may have no ReLU behind it."""
+# Options of timm's with which networks that have a size of their own take images of others, by modules of timm.
+_ANY_SIZE: dict[tuple[str, ...], dict[str, bool]] = {
+    ("vision_transformer", "deit", "eva"): {"dynamic_img_size": True, "dynamic_img_pad": True},
+    ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"): {"strict_img_size": False},
+}
 
 
 class Encoder(nn.Module):
@@ -60,6 +73,9 @@ class ImageEncoder(nn.Module):
         mean: per channel, of images in [0, 1].
         std: likewise.
         input_size: side in pixels that `preprocess` brings images to.
+
+    Raises:
+        ValueError: mean and std are not of so many channels, nor of three to be averaged.
     """
 
     def __init__(
@@ -74,6 +90,10 @@ class ImageEncoder(nn.Module):
         input_size: int,
     ):
         super().__init__()
+        if len(mean) != len(std) or len(mean) not in (channels, 3):
+            raise ValueError(
+                f"mean has {len(mean)} values and std {len(std)}; expected {channels}, one per channel of the images"
+            )
         self.backbone, self.name, self.stem, self.channels = backbone, name, stem, channels
         self.mean, self.std, self.input_size = mean, std, input_size
         self.num_features = num_features(backbone)
@@ -82,13 +102,21 @@ class ImageEncoder(nn.Module):
         return self.backbone(images)
 
     def preprocess(self, images: UInt8[Tensor, "n c h w"] | Sequence[Image.Image]) -> Float[Tensor, "n c s s"]:
-        """uint8 tensors or PIL images to what the encoder takes: short side resized, centre cut out, normalised."""
+        """uint8 tensors or PIL images to what the encoder takes: short side resized, centre cut out, normalised.
+
+        Raises:
+            ValueError: images of other channels than the encoder's.
+        """
         if isinstance(images, Tensor):
+            if images.shape[1] != self.channels:
+                raise ValueError(f"images have {images.shape[1]} channels; expected the encoder's {self.channels}")
             return normalise(centred(images, self.input_size), self.mean, self.std)
+        refuse_channels(self.channels)
         return torch.cat([self.preprocess(torch.from_numpy(pixels_of(image, self.channels))[None]) for image in images])
 
     def describe(self) -> dict[str, Any]:
-        """All that it takes to build the same network anew, as plain values."""
+        """All that it takes to build the same network anew, as plain values; of a transformer `num_heads` too."""
+        heads = num_heads(self.backbone)
         return {
             "backbone": self.name,
             "stem": self.stem,
@@ -97,6 +125,7 @@ class ImageEncoder(nn.Module):
             "std": list(self.std),
             "input_size": self.input_size,
             "num_features": self.num_features,
+            **({} if heads is None else {"num_heads": heads}),
         }
 
 
@@ -107,14 +136,17 @@ def build_backbone(
 
     Args:
         name: in `moco.backbones.BACKBONES` or `moco.vit.VITS`, of timm, or of torchvision.
-        stem: `small` puts a 3x3/1 convolution in place of a ResNet's 7x7/2 one, and drops the pooling behind it.
+        stem: a name in `STEMS`: `small` puts a 3x3/1 convolution in place of a ResNet's 7x7/2 one, and drops the
+            pooling behind it. Networks in `BACKBONES` have a stem of their own.
         channels: of the images.
         pretrained: timm's published weights (downloaded by timm).
         zero_init_last: each residual block starts as the identity.
 
     Raises:
-        ValueError: unknown name, a small stem for a network that is not a ResNet, or what the library refuses.
+        ValueError: unknown name or stem, a small stem for a network that is no ResNet, or what the library refuses.
     """
+    if stem not in STEMS:
+        raise ValueError(f"unknown stem {stem!r}: expected one of {', '.join(STEMS)}")
     if name in BACKBONES or name in VITS:
         if pretrained:
             raise ValueError(f"backbone {name!r} has no published weights; leave out --model.pretrained")
@@ -124,7 +156,7 @@ def build_backbone(
     elif timm.is_model(name):
         backbone = _from_timm(name, channels, pretrained, zero_init_last)
     elif name in torchvision.models.list_models(module=torchvision.models):  # its classifiers
-        if pretrained or (channels != 3 and stem != "small"):
+        if pretrained or (channels != 3 and stem == "imagenet"):
             given = "pretrained weights" if pretrained else f"{channels} channels"
             raise ValueError(f"backbone {name!r} is torchvision's, which comes without {given} here; use one of timm's")
         backbone = _without_classifier(torchvision.models.get_model(name))
@@ -135,8 +167,9 @@ def build_backbone(
             f"unknown backbone {name!r}: expected a model name of timm or torchvision"
             + (f"; the closest are {', '.join(near)}" if near else "")
         )
-    if stem == "small":
+    if stem != "imagenet":
         _small_stem(backbone, name, channels)
+        _ODD_STEMS.get(stem, lambda _: None)(backbone)
     return backbone
 
 
@@ -144,8 +177,7 @@ def _from_timm(name: str, channels: int, pretrained: bool, zero_init_last: bool)
     options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
     if name.startswith(("resnet", "wide_resnet", "resnext")):
         options["zero_init_last"] = zero_init_last
-    if is_model_in_modules(name, ("vision_transformer", "deit")):  # images of any size
-        options |= {"dynamic_img_size": True, "dynamic_img_pad": True}
+    options |= size_options(name)
     try:
         backbone = timm.create_model(name, pretrained=pretrained, **options)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -178,6 +210,56 @@ def _without_classifier(model: nn.Module) -> nn.Module:
     raise ValueError(
         f"{type(model).__name__} has no classifier known here; expected a linear layer in fc, classifier, head or heads"
     )
+
+
+def size_options(name: str) -> dict[str, bool]:
+    """What timm has to be told for a network of its own to take images of any size; empty where there is nothing."""
+    return next((options for modules, options in _ANY_SIZE.items() if is_model_in_modules(name, modules)), {})
+
+
+def refuse_size(backbone: nn.Module, size: int, *, channels: int) -> None:
+    """Tries an image, for nothing else tells: much that timm marks as of one size takes others, and the reverse.
+
+    Args:
+        backbone: images -> features; its statistics and modes stay as they are.
+        size: side of the images in pixels.
+        channels: of the images.
+
+    Raises:
+        ValueError: it does not take images of that size; names the one that it is made for, if it says so.
+    """
+    first, modes = next(backbone.parameters()), [(module, module.training) for module in backbone.modules()]
+    image = torch.zeros(1, channels, size, size, device=first.device, dtype=first.dtype)
+    try:
+        with torch.no_grad():
+            backbone.eval()(image)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        usual = own_size(backbone)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"backbone {type(backbone).__name__} does not take images of {size} pixels ({reason})"
+            + (f": give it its own {usual}" if usual and usual != size else ": give it larger ones")
+            + ", with --views.size and --data.size, or take another backbone"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def own_size(backbone: nn.Module) -> int | None:
+    """Pixels along the images that a network is made for, as timm or torchvision say it; None: they do not."""
+    about = getattr(backbone, "pretrained_cfg", None)
+    size = about.get("input_size", (0, None))[1] if isinstance(about, dict) else getattr(backbone, "image_size", None)
+    return size if isinstance(size, int) else None
+
+
+def refuse_channels(channels: int) -> None:
+    """Raises ValueError where an encoder takes images that are read nowhere here."""
+    if channels not in (1, 3):
+        raise ValueError(
+            f"the encoder takes {channels}-channel images; moco reads images of 1 or 3 channels: make normalised "
+            "tensors of your own and call encoder(images)"
+        )
 
 
 def linear_head(features: int, dim: int) -> nn.Module:
@@ -221,3 +303,9 @@ def num_features(backbone: nn.Module) -> int:
             f"backbone {type(backbone).__name__} must have an integer `num_features`, the length of its output"
         )
     return size
+
+
+def num_heads(backbone: nn.Module) -> int | None:
+    """Attention heads of each layer, which no tensor shows; None: there are none, or not as many in all."""
+    counts = {each for module in backbone.modules() if isinstance(each := getattr(module, "num_heads", None), int)}
+    return counts.pop() if len(counts) == 1 else None

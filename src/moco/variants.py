@@ -47,7 +47,7 @@ def create_model(
         queue_size: keys kept as negatives; v3 has none.
         temperature: divides the similarities.
         symmetric: add the loss with the views exchanged.
-        stem: `imagenet`, or `small` for images under 64 pixels.
+        stem: `imagenet`, `small` for images under 64 pixels, or another of `moco.encoder.STEMS`.
         head: projector: `variant`, `linear`, `mlp` or `mlp_bn`.
         hidden_dim: width of the heads' hidden layers.
         batchnorm: `auto`, `split`, `shuffle`, `sync` or `plain`.

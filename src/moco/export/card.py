@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moco.data import GIVEN
+from moco.encoder import num_heads
 from moco.export.contract import Subject, Written
 from moco.run import Run
 
@@ -98,12 +99,14 @@ def model_card(subject: Subject, form: str, written: Written, check: Check) -> s
         "pipeline_tag": "image-feature-extraction",
         "tags": list(dict.fromkeys([*tags, *([f"moco-{variant}"] if variant else [])])),
     }
+    heads = num_heads(encoder.backbone)
     learnt = "." if variant is None else f", trained on images without labels by momentum contrast, {_method(variant)}."
     return CARD.format(
         # JSON is YAML, with every odd character escaped.
         front="".join(f"{name}: {json.dumps(value)}\n" for name, value in front.items()),
         title=plain(f"{run.path.resolve().name}: {encoder.name}" if run else encoder.name),
-        what=f"An image encoder: normalised images to {encoder.num_features} features{learnt}",
+        what=f"An image encoder: normalised images to {encoder.num_features} features{learnt}"
+        + (f" It has {heads} attention heads, which no tensor shows." if heads else ""),
         training=_training(run) if run else "",
         measured=_measured(run) if run else "",
         size=encoder.input_size,

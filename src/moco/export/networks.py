@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from moco.backbones import BACKBONES, SmallResNet
-from moco.encoder import ImageEncoder
+from moco.encoder import ImageEncoder, num_heads, size_options
 from moco.vit import VITS
 
 INSTEAD = "use --format safetensors, which holds every encoder"
@@ -65,16 +65,15 @@ def in_timm(encoder: ImageEncoder) -> TimmNetwork | None:
         width, depth = backbone.num_features, len(backbone.blocks)
         architecture = {384: "vit_small_patch16_224", 768: "vit_base_patch16_224"}[width]
         arguments |= {} if depth == 12 else {"depth": depth}
-        # timm's own of width 384 has 6; weights fit either, features do not.
-        arguments |= {"num_heads": 12}
         changes = _conv_patches(encoder) if "conv" in name else ()
     elif name not in BACKBONES and timm.is_model(name):
         architecture, changes = name.partition(".")[0], _stem(encoder, "act1") if _small(encoder) else ()
     else:
         return None
-    if isinstance(backbone, VisionTransformer) and backbone.dynamic_img_size:
-        arguments |= {"dynamic_img_size": True, "dynamic_img_pad": backbone.patch_embed.dynamic_img_pad}
-    return TimmNetwork(architecture, arguments, changes)
+    if isinstance(backbone, VisionTransformer):
+        # Weights fit any number, features do not: timm's own of width 384 has 6, v3's 12.
+        arguments |= {"num_heads": num_heads(backbone)}
+    return TimmNetwork(architecture, arguments | size_options(architecture), changes)
 
 
 def in_torchvision(encoder: ImageEncoder, *, form: str) -> TorchvisionNetwork:

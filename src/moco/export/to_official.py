@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moco import checkpoint
+from moco.encoder import num_heads
 from moco.export.contract import Subject, Written
 from moco.export.networks import in_torchvision, standalone
 from moco.run import Run, write_atomically
@@ -54,7 +55,9 @@ def write(subject: Subject, folder: Path) -> Written:
         network, loading = theirs.code, theirs.load("weights")
     state = {prefix + name: tensor for name, tensor in subject.weights.items()}
     rest, why, epoch = _rest(subject, prefix, key_prefix, head)
-    content = {"epoch": epoch, "arch": architecture, "state_dict": state | rest}
+    heads = num_heads(encoder.backbone)
+    about = {"epoch": epoch, "arch": architecture} | ({} if heads is None else {"num_heads": heads})
+    content = about | {"state_dict": state | rest}
     write_atomically(folder / "checkpoint.pth.tar", lambda file: torch.save(content, file))
     held = WHOLE.format(rest="the predictor" if is_v3 else "the queue") if rest else BARE.format(why=why)
     code = CODE.format(network=network, prefix=prefix, head=head, loading=loading)

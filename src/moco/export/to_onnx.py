@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moco.encoder import num_heads
 from moco.export.contract import Subject, Written
 from moco.run import write_atomically
 from moco.unpickle import first_line
@@ -36,6 +37,7 @@ def write(subject: Subject, folder: Path) -> Written:
     _need("onnx", "onnxscript", "onnxruntime")
     encoder = subject.encoder
     size, channels, weights = encoder.input_size, encoder.channels, subject.weights
+    heads = num_heads(encoder.backbone)
     with _quiet():
         try:
             program: Any = torch.onnx.export(
@@ -64,6 +66,7 @@ def write(subject: Subject, folder: Path) -> Written:
         "mean": subject.mean,
         "std": subject.std,
         "num_features": encoder.num_features,
+        **({} if heads is None else {"num_heads": heads}),
         "opset": opset,
     }
     text = json.dumps(about, indent=2) + "\n"

@@ -9,7 +9,6 @@ import timm
 import torch
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
-from timm.models.vision_transformer import VisionTransformer
 
 from moco.export.contract import Subject, Written
 from moco.export.networks import INSTEAD, in_timm
@@ -37,10 +36,11 @@ def write(subject: Subject, folder: Path) -> Written:
         raise ValueError(f"timm has no {network.architecture} with a {what}; {INSTEAD}, and its card loads it by timm")
     about: Any = timm.get_pretrained_cfg(network.architecture)
     arguments = network.arguments
-    if "dynamic_img_size" in arguments:
+    any_size = not arguments.keys().isdisjoint({"dynamic_img_size", "strict_img_size"})
+    if any_size:
         # What the positions were made for, which is not the size that images are brought to.
-        assert isinstance(encoder.backbone, VisionTransformer)
-        arguments = arguments | {"img_size": list(encoder.backbone.patch_embed.img_size)}
+        patches: Any = encoder.backbone.get_submodule("patch_embed")
+        arguments = arguments | {"img_size": list(patches.img_size)}
     prepared = {
         "input_size": [encoder.channels, encoder.input_size, encoder.input_size],
         "interpolation": "bilinear",
@@ -59,7 +59,7 @@ def write(subject: Subject, folder: Path) -> Written:
             "tag": "moco",
             "custom_load": False,
             **prepared,
-            "fixed_input_size": bool(about and about.fixed_input_size and "dynamic_img_size" not in arguments),
+            "fixed_input_size": bool(about and about.fixed_input_size and not any_size),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": about.first_conv if about else None,

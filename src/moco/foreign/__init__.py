@@ -5,6 +5,5 @@ tensors, wherever in the file they lie, and every tensor of it has to be there.
 """
 
 from moco.foreign.content import QUERY_BACKBONE, QUERY_HEAD, Foreign, recognise
-from moco.foreign.networks import STEMS, build
 
-__all__ = ["QUERY_BACKBONE", "QUERY_HEAD", "STEMS", "Foreign", "build", "recognise"]
+__all__ = ["QUERY_BACKBONE", "QUERY_HEAD", "Foreign", "recognise"]

@@ -9,14 +9,15 @@ from torch import Tensor, nn, strided
 
 from moco.backbones import BACKBONES
 from moco.config import PretrainConfig, parse_config
-from moco.foreign.layouts import Found, architecture, find, image_side
-from moco.foreign.networks import COUNTER, HEADS_OF_BACKBONES, build_for, fill, first_name, fitting, refuse_other_heads
-from moco.views import CIFAR10, IMAGENET, VIEWS, view_specs
-from moco.vit import VITS
+from moco.encoder import own_size
+from moco.foreign import heads
+from moco.foreign.layouts import Found, architecture, find, image_side, places_of
+from moco.foreign.networks import COUNTER, HEADS_OF_BACKBONES, build_for, fill, first_name, fitting
+from moco.foreign.systems import is_leftthomas, normalisation, odd_stem, system_of
+from moco.views import VIEWS, view_specs
 
 QUERY, KEY = "query_encoder.", "key_encoder."
 QUERY_BACKBONE, QUERY_HEAD, KEY_HEAD = f"{QUERY}backbone.", f"{QUERY}projector.", f"{KEY}projector."
-OURS = "checkpoint of moco"
 PARTS = (
     (r"key_encoder\.projector\.", KEY_HEAD),
     (r"(query_encoder\.projector|projector|projection_head\.layers)\.", QUERY_HEAD),
@@ -25,6 +26,9 @@ PARTS = (
     (r"queue\.(?=(keys|ids|pointer)$)", "queue."),
 )
 """What lies beside an encoder, and its name in ours."""
+IN_TRAINING = ("optimizer", "random", "meter", "callbacks")
+MOST_NAMES, DEEPEST, LONGEST = 100_000, 5, 1000
+"""Names in a file, dictionaries in one another and characters in a name; a large model has some thousand names."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,13 @@ class Foreign:
         system: what wrote it, in words.
         network: the backbone with the weights in it.
         backbone: its name, as `build_backbone` takes it.
-        stem: `imagenet`, `small`, or a name in `STEMS`.
+        stem: likewise.
         channels: of the images.
         tensors: by the names that a model of ours has for them: `query_encoder.backbone.conv1.weight`, `queue.keys`.
         mean: per channel, of images in [0, 1].
         std: likewise.
         input_size: side in pixels.
+        told: mean and standard deviation are the file's own, not what its system is known to take.
         others: names in the file that have no place in ours.
         prefix: under which the encoder lay.
         optimizer: state by the names of `tensors`; None: the file has none that fits its tensors.
@@ -57,6 +62,7 @@ class Foreign:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_size: int
+    told: bool = False
     others: tuple[str, ...] = ()
     prefix: str = ""
     optimizer: dict[str, dict[str, Any]] | None = None
@@ -81,47 +87,53 @@ class Foreign:
             f"{self.backbone} matched" + (f" under {self.prefix!r}" if self.prefix else ""),
             *self.remarks,
             *([f"ignored: {', '.join(ignored)}"] if ignored else []),
-            f"images of {self.input_size} pixels, mean {' '.join(f'{value:.4g}' for value in self.mean)}",
+            f"images of {self.input_size} pixels, mean {_row(self.mean)}, std {_row(self.std)}"
+            + ("" if self.told else " (assumed)"),
         ]
         return "; ".join(parts)
 
 
-def recognise(state: Any, path: Path, *, backbone: str | None = None) -> Foreign:
+def recognise(state: Any, path: Path, *, backbone: str | None = None, num_heads: int | None = None) -> Foreign:
     """What the content of a file is.
 
     Args:
         state: as `unpickle.read` gives it.
         path: for messages.
         backbone: its name; not given: found by names and shapes.
+        num_heads: of a transformer's attention, where a card says so; not given: what the file says, if anything.
 
     Raises:
         ValueError: one line: no known network in it, not all of its tensors, or a network that only seems to fit.
     """
-    tensors, config = _flat(state), _own_settings(state)
+    tensors, config = _flat(state, path), _own_settings(state)
     backbone = config.model.backbone if config and backbone is None else backbone
+    told = num_heads or _whole(state, "num_heads")
     found = find(tensors)
     if not found and backbone:
         found = find(tensors, first_name(backbone))
     weights = {ours: tensors[theirs] for theirs, ours in found[0].names.items()} if found else {}
     likely = architecture(weights)
-    name = backbone or likely
+    name = heads.network_of(weights, name=backbone, likely=likely, told=told, path=path)
     if not found or name is None:
         raise ValueError(
             f"{path} holds no {backbone or 'network that is known here'}, its first names are "
             f"{', '.join(list(tensors)[:3]) or 'none'}; name its network with --backbone"
         )
     best = found[0]
-    refuse_other_heads(name, weights, path)
-    network, stem, channels = build_for(name, weights, _odd_stem(tensors, state, best, weights, path))
+    stem = config.model.stem if config else odd_stem(tensors, state, best, weights, path)
+    network, stem, channels = build_for(name, weights, stem)
+    heads.refuse_others(network, name=name, told=told, path=path)
     remarks = fill(network, weights, name=name, likely=likely, path=path)
+    remarks += () if config else heads.assumption(network, weights, name=name, told=told)
     if best.follows:
         remarks += ("only an encoder that follows another is in it",)
     renamed = _renamed(tensors, found, network)
     placed = {ours: _placed(ours, theirs, tensors[theirs]) for theirs, ours in renamed.items()}
-    small = stem.startswith("small") or name in BACKBONES
-    mean, std = ((sum(v) / 3,) * channels if channels != 3 else v for v in (CIFAR10 if small else IMAGENET))
+    small, system = stem != "imagenet" or name in BACKBONES, system_of(tensors, state, best)
+    side = image_side(weights) if places_of(weights) is not None else own_size(network) or 224
+    mean, std = ((sum(v) / 3,) * channels if channels != 3 else v for v in normalisation(system, small=small))
     foreign = Foreign(
-        system=_system(tensors, state, best),
+        system=system,
         network=network,
         backbone=name,
         stem=stem,
@@ -129,88 +141,45 @@ def recognise(state: Any, path: Path, *, backbone: str | None = None) -> Foreign
         tensors=placed | {QUERY_BACKBONE + n: each for n, each in fitting(weights, network).items()},
         mean=mean,
         std=std,
-        input_size=32 if small else image_side(weights),
+        input_size=32 if small else side,
         others=tuple(theirs for theirs in tensors if theirs not in renamed),
         prefix=best.prefix,
         optimizer=_optimizer(state, tensors, renamed),
-        epoch=_epoch(state),
+        epoch=_whole(state, "epoch"),
         remarks=remarks,
     )
     return _with_settings(foreign, state, config, path)
 
 
-def _flat(state: Any, prefix: str = "", depth: int = 5) -> dict[str, Tensor]:
-    """Tensors by their path through nested dictionaries, without what training alone needs."""
+def _flat(state: Any, path: Path) -> dict[str, Tensor]:
+    """Tensors by their path through nested dictionaries, without what training alone needs.
+
+    A dictionary in many places is there as often, so a small file may hold more names than there is time for.
+    """
     flat: dict[str, Tensor] = {}
-    for name, value in state.items() if isinstance(state, dict) and depth else ():
-        if isinstance(name, str) and isinstance(value, Tensor) and value.layout == strided and not value.is_meta:
-            flat[prefix + name] = value
-        elif isinstance(name, str) and (prefix or not name.startswith(("optimizer", "random", "meter", "callbacks"))):
-            flat |= _flat(value, f"{prefix}{name}.", depth - 1)
+    levels, count = [("", iter(state.items()))] if isinstance(state, dict) else [], 0
+    while levels:
+        prefix, entries = levels[-1]
+        entry = next(entries, None)
+        if entry is None:
+            levels.pop()
+            continue
+        if not isinstance(entry[0], str):
+            continue
+        name, value, count = prefix + entry[0], entry[1], count + 1
+        if count > MOST_NAMES or len(name) > LONGEST:
+            what = f"{MOST_NAMES:,} names" if count > MOST_NAMES else f"{LONGEST:,} characters in a name"
+            raise ValueError(f"{path} is no checkpoint: it has more than {what}")
+        if isinstance(value, Tensor) and value.layout == strided and not value.is_meta:
+            flat[name] = value
+        elif isinstance(value, dict) and len(levels) < DEEPEST and not name.startswith(IN_TRAINING):
+            levels.append((f"{name}.", iter(value.items())))
     return flat
 
 
 def _own_settings(state: Any) -> PretrainConfig | None:
     own = isinstance(state, dict) and {"format", "model", "config"} <= state.keys()
     return parse_config(state["config"]) if own and isinstance(state["config"], dict) else None
-
-
-def _system(tensors: dict[str, Tensor], state: Any, best: Found) -> str:
-    """What wrote it, by the names that each program gives."""
-    prefix, heads = best.prefix, [name for name in best.names.values() if name.startswith("fc.")]
-    if QUERY in prefix or KEY in prefix:
-        return OURS
-    if "encoder_q.net." in prefix:
-        return "checkpoint of the official CIFAR notebook"
-    if "encoder_q." in prefix:
-        return f"official MoCo {'v2' if 'fc.0.weight' in heads else 'v1' if heads else 'v1 or v2'} checkpoint"
-    if "base_encoder." in prefix:
-        return "official MoCo v3 checkpoint"
-    if _is_leftthomas(best):
-        return "checkpoint of leftthomas/MoCo"
-    if _is_solo(tensors):
-        return "checkpoint of solo-learn"
-    if "wrapped_model." in prefix or "lightly_train" in state:
-        return "checkpoint of LightlyTrain"
-    if best.layout == "children without ReLU" or any(
-        re.search("projection_head|backbone_momentum", n) for n in tensors
-    ):
-        return "checkpoint of lightly"
-    return "checkpoint of Lightning" if _is_lightning(state) else "state dict"
-
-
-def _is_lightning(state: Any) -> bool:
-    return "pytorch-lightning_version" in state
-
-
-def _is_leftthomas(best: Found) -> bool:
-    return best.layout == "children without pooling" and best.prefix.endswith("f.")
-
-
-def _is_solo(tensors: dict[str, Tensor]) -> bool:
-    return any(re.search(r"(^|\.)classifier\.weight$", name) for name in tensors) and any(
-        re.search(r"(^|\.)(projector|momentum_backbone|momentum_encoder)\.", name) for name in tensors
-    )
-
-
-def _odd_stem(
-    tensors: dict[str, Tensor], state: Any, best: Found, weights: dict[str, Tensor], path: Path
-) -> str | None:
-    """Of a 3x3 stem: solo-learn's pads by 2, and lightly's, taken apart into its children, has lost its ReLU."""
-    if "conv1.weight" not in weights or weights["conv1.weight"].shape[2:] != (3, 3):
-        return None
-    if best.layout == "children without ReLU":
-        return "small-linear"
-    if best.layout != "names" or not re.search(r"(backbone|encoder)\.$", best.prefix):
-        return None
-    if _is_solo(tensors):
-        return "small-pad2"
-    if _is_lightning(state) and any(re.search(r"(^|\.)classifier\.weight$", name) for name in tensors):
-        raise ValueError(
-            f"{path} may be solo-learn's, whose 3x3 stem pads by 2, or another's, which no tensor shows; give the "
-            "checkpoint of its pre-training, or a state dict of the backbone alone if that pads by 1"
-        )
-    return None
 
 
 def _renamed(tensors: dict[str, Tensor], found: list[Found], network: nn.Module) -> dict[str, str]:
@@ -232,7 +201,7 @@ def _renamed(tensors: dict[str, Tensor], found: list[Found], network: nn.Module)
             continue
         if place:
             renamed[theirs] = place[1] + theirs[place[0].end() :]
-        elif _is_leftthomas(best) and theirs.startswith(head):
+        elif is_leftthomas(best) and theirs.startswith(head):
             renamed[theirs] = QUERY_HEAD + theirs[len(head) :]
         elif re.search(r"(^|\.)queue$", theirs) and tensor.ndim == 2:
             renamed[theirs] = "queue.keys"
@@ -262,9 +231,13 @@ def _optimizer(state: Any, tensors: dict[str, Tensor], renamed: dict[str, str]) 
     return {renamed[name]: dict(each) for name, each in states.items() if name in renamed and isinstance(each, dict)}
 
 
-def _epoch(state: Any) -> int | None:
-    epoch = state.get("epoch")
-    return epoch if isinstance(epoch, int) and epoch >= 0 else None
+def _whole(state: Any, name: str) -> int | None:
+    number = state.get(name) if isinstance(state, dict) else None
+    return number if type(number) is int and number >= 0 else None
+
+
+def _row(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
 
 
 def _with_settings(foreign: Foreign, state: Any, config: PretrainConfig | None, path: Path) -> Foreign:
@@ -275,17 +248,17 @@ def _with_settings(foreign: Foreign, state: Any, config: PretrainConfig | None, 
                 f"{path} names code to import, views.recipe {config.views.recipe!r}, which is not done unasked; give "
                 "the folder of its run"
             )
-        spec, own_stem = view_specs(config.views)[0], foreign.backbone in BACKBONES or foreign.backbone in VITS
+        spec = view_specs(config.views)[0]
         return replace(
             foreign,
             mean=spec.mean,
             std=spec.std,
             input_size=config.data.size or config.views.size,
-            stem=config.model.stem if own_stem else foreign.stem,
+            told=True,
         )
     told = state.get("lightly_train")
     told = told.get("normalize_args") if isinstance(told, dict) else None
     both = [told.get("mean"), told.get("std")] if isinstance(told, dict) else []
     if all(isinstance(v, list | tuple) and [type(x) for x in v] == [float] * foreign.channels for v in both) and both:
-        return replace(foreign, mean=tuple(both[0]), std=tuple(both[1]))
+        return replace(foreign, mean=tuple(both[0]), std=tuple(both[1]), told=True)
     return foreign

@@ -48,6 +48,10 @@ VIT_SIZES = {192: ("tiny", 12), 384: ("small", 12), 768: ("base", 12), 1024: ("l
 """By the width, with the number of blocks."""
 
 
+MOST_ENCODERS = 100
+"""In a file; a file of more is not searched further."""
+
+
 class Found(NamedTuple):
     """An encoder in a file: `names` from the file's to the backbone's, its head's among them."""
 
@@ -71,6 +75,8 @@ def find(tensors: dict[str, Tensor], first: str | None = None) -> list[Found]:
             prefix = theirs.removesuffix(anchor)
             if prefix == theirs or prefix in found or (prefix and not prefix.endswith(".")):
                 continue
+            if len(found) == MOST_ENCODERS:
+                break
             last = next((number for number, name in LAYOUTS[layout].items() if name == STAGES[-1]), None)
             if last and not {f"{prefix}{last}.0.conv1.weight", f"{prefix}0.weight"} <= tensors.keys():
                 continue

@@ -1,46 +1,36 @@
-"""The network of a file: built, compared tensor by tensor, filled; and what no shape shows refused."""
+"""The network of a file: built, compared tensor by tensor, filled."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moco.backbones import BACKBONES
 from moco.encoder import build_backbone
-from moco.foreign.layouts import are_computed, places_of
-from moco.vit import HEADS, VITS
+from moco.vit import VITS
 
 COUNTER = ".num_batches_tracked"
 """Of batch norms; files from before PyTorch 0.4.1 have none."""
 HEADS_OF_BACKBONES = ("fc", "head", "heads", "classifier", "linear")
-# Differences from the small stem of `build_backbone` that no shape shows.
-STEMS: dict[str, Callable[[Any], None]] = {
-    "small-pad2": lambda network: setattr(network.conv1, "padding", (2, 2)),
-    "small-linear": lambda network: setattr(network, "act1", nn.Identity()),
-}
 
 
-def build(name: str, *, stem: str, channels: int) -> nn.Module:
-    """As `build_backbone`, with the stems of `STEMS` too."""
-    network = build_backbone(name, stem="small" if stem in STEMS else stem, channels=channels)
-    if stem in STEMS:
-        STEMS[stem](network)
-    return network
+def build_for(name: str, weights: dict[str, Tensor], stem: str | None) -> tuple[nn.Module, str, int]:
+    """The network that weights are of, its stem and the channels of its images; the generators stay as they are.
 
-
-def build_for(name: str, weights: dict[str, Tensor], odd_stem: str | None) -> tuple[nn.Module, str, int]:
-    """The network that weights are of, its stem and the channels of its images; the generators stay as they are."""
+    Args:
+        name: as `build_backbone` takes it.
+        weights: by the network's names.
+        stem: likewise; not given: what the first convolution looks like.
+    """
     conv = weights.get("conv1.weight")
     small = conv is not None and conv.shape[2:] == (3, 3) and name not in BACKBONES and name not in VITS
-    stem = odd_stem or ("small" if small else "imagenet")
+    stem = stem or ("small" if small else "imagenet")
     with torch.random.fork_rng(devices=[]):
-        network = build(name, stem=stem, channels=3)
+        network = build_backbone(name, stem=stem, channels=3)
         first = next((each for each, ours in network.state_dict().items() if ours.ndim == 4), "")
         channels = weights[first].shape[1] if first in weights and weights[first].ndim == 4 else 3
         if channels != 3 and 1 <= channels <= 1024:
-            return build(name, stem=stem, channels=channels), stem, channels
+            return build_backbone(name, stem=stem, channels=channels), stem, channels
     return network, stem, 3
 
 
@@ -48,24 +38,6 @@ def first_name(name: str) -> str:
     """Of a network's tensors; errors as `build_backbone`."""
     with torch.random.fork_rng(devices=[]):
         return next(iter(build_backbone(name).state_dict()))
-
-
-def refuse_other_heads(name: str, weights: dict[str, Tensor], path: Path) -> None:
-    """The number of attention heads shows in no tensor: with another, weights load and features mean nothing."""
-    places = places_of(weights)
-    if places is None or places.shape[2] != 384:  # at 768 all have 12
-        return
-    computed = are_computed(places)
-    if computed and name not in VITS:
-        raise ValueError(
-            f"{path} is a ViT-S of MoCo v3: computed positions and {HEADS} heads; {name} has other heads, which shows "
-            "in no tensor and would make its features meaningless: give vit-small-v3 as the backbone"
-        )
-    if not computed and name in VITS:
-        raise ValueError(
-            f"{path} is a ViT-S with learned positions, as timm's and DeiT's, which have 6 heads; {name} has {HEADS}, "
-            "which shows in no tensor and would make its features meaningless: give vit_small_patch16_224"
-        )
 
 
 def fitting(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
