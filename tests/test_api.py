@@ -17,7 +17,7 @@ from moco.recipes import load_recipe
 
 NAMES = [
     "Embeddings", "KeyQueue", "LARS", "PretrainConfig", "Run", "SplitBatchNorm2d", "TwoViews", "create_model", "embed",
-    "evaluate", "export", "info_nce", "knn", "linear", "load_encoder", "pretrain", "search",
+    "evaluate", "export", "info_nce", "knn", "linear", "load_encoder", "pack", "pretrain", "search",
 ]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_every_public_name_is_there_and_documented(name):
     assert inspect.getdoc(thing)
 
 
-@pytest.mark.parametrize("name", ["embed", "evaluate", "export", "pretrain", "search"])
+@pytest.mark.parametrize("name", ["embed", "evaluate", "export", "pack", "pretrain", "search"])
 def test_functions_stay_functions_after_the_files_of_their_names_are_imported(name):
     module = importlib.import_module(f"moco.{name}")
     assert isinstance(module, ModuleType) and module.__name__ == f"moco.{name}"

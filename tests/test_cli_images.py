@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 import urllib.request
@@ -63,6 +64,26 @@ def test_duplicates_and_outliers_are_the_librarys(table, capsys):
     assert [each["row"] for each in told] == outliers(load(table), 3, k=4).rows.tolist()
 
 
+def test_where_nothing_is_found_it_says_so(table, capsys):
+    assert main(["search", str(table), "--duplicates", "1"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == "No two images are as similar as 1; try a lower threshold.\n"
+    assert main(["search", str(table), "--duplicates", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_a_picture_of_images_that_are_gone_says_so(run, photos, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(photos / "in", tmp_path / "in")
+    assert main(["embed", str(run), str(tmp_path / "in"), "-o", str(tmp_path / "emb")]) == 0
+    shutil.rmtree(tmp_path / "in")
+    capsys.readouterr()
+    drawn = tmp_path / "found.png"
+    assert main(["search", str(tmp_path / "emb"), "--row", "3", "--picture", str(drawn)]) == 0
+    assert drawn.exists() and "The images of the table are not to be found (the first is" in capsys.readouterr().err
+    assert main(["explore", str(tmp_path / "emb"), "--save", str(tmp_path / "map.html")]) == 2
+    assert "are not to be found (the first is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -70,6 +91,9 @@ def test_duplicates_and_outliers_are_the_librarys(table, capsys):
         (["--row", "1", "--query", "a.png"], "--query IMAGE"),
         (["--row", "1", "--duplicates", "0.9"], "--query IMAGE"),
         (["--outliers", "3", "--picture", "a.png"], "--picture"),
+        (["--duplicates", "0.9", "--farthest"], "--farthest"),
+        (["--outliers", "0"], "0 outliers were asked for; expected at least 1"),
+        (["--row", "1", "--farthest", "--approximate"], "leave out farthest, or approximate"),
         (["--row", "12"], "12"),
         (["--query", "nowhere.png"], "nowhere.png"),
         (["--row", "1", "--k", "0"], "k is 0"),

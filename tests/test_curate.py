@@ -85,9 +85,16 @@ def test_more_outliers_or_neighbours_than_images_are_all():
     assert sorted(outliers(table(vectors), 50, k=10).rows) == list(range(6))
 
 
-@pytest.mark.parametrize("count, n, k", [(1, 5, 5), (5, 0, 5), (5, 5, 0)])
-def test_outliers_of_nothing_are_refused(count, n, k):
-    with pytest.raises(ValueError, match="expected 1, 2 and 1, or more"):
+@pytest.mark.parametrize(
+    "count, n, k, message",
+    [
+        (1, 5, 5, "no others to compare 1 image with; expected at least 2 images"),
+        (5, 0, 5, "0 outliers were asked for; expected at least 1"),
+        (5, 5, 0, "outliers by 0 neighbours were asked for; expected at least 1"),
+    ],
+)
+def test_outliers_of_nothing_are_refused(count, n, k, message):
+    with pytest.raises(ValueError, match=message):
         outliers(table(np.eye(5)[:count]), n, k=k)
 
 

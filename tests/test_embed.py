@@ -1,4 +1,6 @@
 import copy
+import errno
+import os
 import sys
 import time
 from typing import Any
@@ -12,8 +14,8 @@ from torchvision.datasets import FakeData
 
 import moco
 from moco.config import DataConfig
-from moco.data import as_images, load_data, resized
-from moco.embed import embed_to, features, fingerprint, pixels
+from moco.data import FileImages, as_images, load_data, resized
+from moco.embed import embed_to, features, fingerprint, pixels, read_features
 from moco.encoder import ImageEncoder
 
 
@@ -299,6 +301,58 @@ def test_the_next_files_are_read_while_a_batch_is_worked_on_and_not_many_more(tm
 
     embed_to(tmp_path / "emb", make_encoder(), tmp_path, batch_size=4, on_progress=look)
     assert seen[0] == 12 and seen[-1] == 40  # two batches more than are done
+
+
+def test_files_are_read_ahead_in_memory_too_and_give_the_same_rows(tmp_path, monkeypatch):
+    for index, picture in enumerate(as_pictures(noise(40, 3, 20, 20))):
+        picture.save(tmp_path / f"{index:02}.png")
+    module, started, seen = sys.modules[features.__module__], [], []
+    images = FileImages(tuple(sorted(map(str, tmp_path.iterdir()))), None, None)
+    whole = features(make_encoder(), images, precision="fp32")
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda path, channels: (started.append(path), decode(path, channels))[1])
+
+    def look(done: int, total: int) -> None:
+        time.sleep(0.05)
+        seen.append(len(started))
+
+    got = features(make_encoder(), images, batch_size=4, precision="fp32", on_progress=look)
+    assert seen[0] == 12 and seen[-1] == 40  # two batches more than are done
+    torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_many_features_go_into_a_file_that_has_its_room_before_work_starts(monkeypatch):
+    encoder, images = make_encoder(), as_images(noise(23, 3, 16, 16))
+    whole, room = features(encoder, images, precision="fp32"), sys.modules["moco.scratch"]
+    monkeypatch.setattr(room, "HELD", 100)
+    assert torch.equal(features(encoder, images, precision="fp32"), whole)
+
+    def unsupported(*asked: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    assert torch.equal(features(encoder, images, precision="fp32"), whole)
+
+    def full(handle: int, start: int, size: int) -> None:
+        assert size == 4 * 23 * 10
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"23 rows of 10 features take \S+ GiB, for which \S+ has no room; free some"):
+        features(encoder, images, on_progress=lambda *done: pytest.fail("worked before there was room"))
+
+
+def test_a_file_that_cannot_be_read_is_black_and_named(tmp_path, caplog):
+    for index, picture in enumerate(as_pictures(noise(5, 3, 20, 20))):
+        picture.save(tmp_path / f"{index}.jpg")
+    spoilt = tmp_path / "3.jpg"
+    images = FileImages(tuple(sorted(map(str, tmp_path.iterdir()))), None, None)
+    spoilt.write_bytes(spoilt.read_bytes()[:-100])
+    got, bad = read_features(make_encoder(), images, precision="fp32")
+    assert list(bad) == [3] and bad[3].path == str(spoilt)
+    torch.testing.assert_close(got[3], reference(make_encoder(), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))[0])
+    assert torch.equal(features(make_encoder(), images, precision="fp32"), got)
+    assert f"1 of 5 images are black: {str(spoilt)!r} cannot be read" in caplog.text
 
 
 def test_a_fingerprint_is_of_weights_and_description(tmp_path):

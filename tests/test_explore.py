@@ -21,13 +21,14 @@ from moco.config import parse_config
 from moco.data import ArrayImages, FileImages
 from moco.embed import embed_to
 from moco.encoder import ImageEncoder, build_backbone
-from moco.explore import app
+from moco.explore import app, kept, thumbnails
 from moco.explore.app import Server, serve
 from moco.explore.atlas import Atlas, open_atlas, page_data
-from moco.explore.layout import lay_out, level_order
-from moco.explore.saved import save_page
+from moco.explore.layout import Layout, lay_out, level_order
+from moco.explore.saved import SCRIPTS, save_page
 from moco.explore.thumbnails import large, sheet
 from moco.run import Run
+from moco.transforms import pixels_of
 from small import TINY
 
 HOSTILE = ("</script><script>alert(1)</script>.png", "a\"b'c&d,e.png", "猫 кот.png", "a..png", "=1+1.png")
@@ -205,6 +206,25 @@ def test_the_pixels_of_a_very_small_image_stay_sharp() -> None:
     np.testing.assert_allclose(shown[3:48:6, 12], [255, 0] * 4, atol=25)
 
 
+def test_a_photo_is_decoded_reduced_and_stands_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = Image.new("RGB", (1600, 1200), "blue")
+    photo.paste("red", (0, 0, 800, 1200))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: what is left in the file is above
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    decoded = []
+
+    def seen(image: Image.Image, channels: int) -> np.ndarray:
+        decoded.append(image.size)
+        return pixels_of(image, channels)
+
+    monkeypatch.setattr(thumbnails, "pixels_of", seen)
+    made = sheet(FileImages((str(tmp_path / "photo.jpg"),), None, None), [0])
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(made["image"].split(",")[1]))).convert("RGB")).astype(int)
+    assert made["sizes"] == [[36, 48]] and decoded == [(150, 200)]
+    assert shown[8, 18, 0] > 200 > 60 > shown[8, 18, 2] and shown[40, 18, 2] > 200 > 60 > shown[40, 18, 0]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_small_image_is_served_as_it_is_and_a_large_one_shrunk(channels: int) -> None:
     pixels = torch.randint(0, 256, (1, channels, 12, 30), dtype=torch.uint8)
@@ -227,6 +247,21 @@ def test_the_server_gives_the_page_the_map_and_each_image(server: Server, atlas:
         shown = np.asarray(Image.open(io.BytesIO(ask(server, f"/image/{row}").body)))
         np.testing.assert_array_equal(shown, atlas.images.decode(row).permute(1, 2, 0).numpy())
     assert len(json.loads(ask(server, "/sheet/0").body)["sizes"]) == 40
+
+
+def test_an_image_is_read_once_and_sent_once_to_whoever_keeps_it(
+    atlas: Atlas, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ask(server, "/sheet/0")
+    monkeypatch.setattr(Atlas, "sheet", None)
+    assert ask(server, "/sheet/0").body == first.body
+    assert first.headers["Cache-Control"] == "private, no-cache"
+    again = ask(server, "/sheet/0", headers={"If-None-Match": first.headers["ETag"]})
+    assert again.status == 304 and again.body == b""
+    assert ask(server, "/nothing", headers={"If-None-Match": first.headers["ETag"]}).status == 404
+    with serve(atlas) as other:  # where the same row may be of another image
+        assert other.session != server.session
+    assert ask(server, "/nothing").headers["Cache-Control"] == "no-store"
 
 
 def test_neighbours_are_those_of_the_cosine_and_of_search(server: Server, atlas: Atlas) -> None:
@@ -267,7 +302,7 @@ def test_a_symlink_or_file_that_is_no_image_is_not_served(tmp_path: Path) -> Non
     images = FileImages((str(tmp_path / "link.png"), str(tmp_path / "gone.png")), None, None)
     emb = moco.Embeddings(np.eye(2, dtype=np.float32), images.paths, None, None)
     atlas = open_atlas(emb, images=images)
-    assert all(app.answer(atlas, threading.Lock(), f"/image/{row}") is None for row in (0, 1))
+    assert all(app.respond(atlas, f"/image/{row}") is None for row in (0, 1))
 
 
 @pytest.mark.parametrize("path", ["/", "/data.json", "/image/0", "/nothing"])
@@ -336,7 +371,7 @@ def test_a_file_that_is_too_large_is_not_read(server: Server, monkeypatch: pytes
 def test_without_the_encoder_there_is_no_search_by_image(atlas: Atlas) -> None:
     blind = replace(atlas, encoder=None)
     assert not page_data(blind, whole=False)["search"] and page_data(atlas, whole=False)["search"]
-    assert app.search(blind, threading.Lock(), b"").status == 404
+    assert app.search_upload(blind, b"").status == 404
 
 
 def test_a_port_that_is_taken_is_an_error_of_one_line(server: Server, atlas: Atlas) -> None:
@@ -352,7 +387,11 @@ def test_the_saved_page_is_whole_and_no_name_can_break_out_of_it(atlas: Atlas, f
     [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     data = json.loads(text)
     assert "<" not in text and {f"{number % 2}/{name}" for number, name in enumerate(HOSTILE)} <= set(data["names"])
-    assert page.count("<script") == 3 and not re.search(r"(src|href)=\"(?!data:)", page) and "://" not in page
+    assert (
+        page.count("<script") == 1 + len(SCRIPTS)
+        and not re.search(r"(src|href)=\"(?!data:)", page)
+        and "://" not in page
+    )
     assert str(folder) not in page and data["root"] == ""
     assert "script-src 'sha256-" in page and "unsafe" not in page
     near = unpacked(data["near"]["rows"]).reshape(40, 12)
@@ -375,6 +414,55 @@ def test_a_run_is_opened_with_images_evenly_spaced(tmp_path: Path) -> None:
     assert atlas.title == "run" and atlas.about == "30 of 1,442 images, as resnet-tiny sees them"
     assert atlas.embeddings.paths[0] == "digits/train/0" and atlas.embeddings.paths[-1] == "digits/train/1441"
     assert len(atlas.neighbours(29).rows) == 12
+
+
+def test_a_run_is_embedded_and_laid_out_again_only_if_it_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls = Run.create(tmp_path / "run", parse_config(TINY)), []
+
+    def train() -> None:
+        backbone = build_backbone("resnet-tiny", channels=1)
+        encoder = ImageEncoder(
+            backbone, name="resnet-tiny", stem="imagenet", channels=1, mean=(0.5,), std=(0.5,), input_size=8
+        )
+        save_encoder(run.path, encoder)
+
+    def counted(vectors: np.ndarray) -> Layout:
+        calls.append("laid out")
+        return lay_out(vectors)
+
+    def opened() -> Atlas:
+        calls.clear()
+        return open_atlas(run.path, most=9, on_progress=lambda what, done, total: calls.append(what))
+
+    monkeypatch.setattr(kept, "lay_out", counted)
+    train()
+    first = opened()
+    assert "embedding" in calls and "laid out" in calls
+    second = opened()
+    assert "embedding" not in calls and "laid out" not in calls
+    np.testing.assert_array_equal(second.embeddings.vectors, first.embeddings.vectors)
+    for name in ("xy", "clusters", "outlier", "order", "notes"):
+        np.testing.assert_array_equal(getattr(second.layout, name), getattr(first.layout, name))
+    train()
+    third = opened()
+    assert "embedding" in calls and "laid out" in calls
+    assert not np.array_equal(third.embeddings.vectors, first.embeddings.vectors)
+    (third.embeddings.folder or tmp_path).joinpath(kept.LAYOUT).write_bytes(b"cut off")
+    opened()
+    assert "embedding" not in calls and "laid out" in calls
+
+
+def test_a_run_that_nothing_can_be_written_to_is_opened_all_the_same(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", parse_config(TINY))
+    backbone = build_backbone("resnet-tiny", channels=1)
+    save_encoder(
+        run.path,
+        ImageEncoder(backbone, name="resnet-tiny", stem="imagenet", channels=1, mean=(0.5,), std=(0.5,), input_size=8),
+    )
+    (run.path / kept.FOLDER).write_text("in the way")
+    assert len(open_atlas(run.path, most=9)) == 9
 
 
 def test_a_folder_of_embeddings_is_opened_with_its_images_and_its_encoder(folder: Path, tmp_path: Path) -> None:

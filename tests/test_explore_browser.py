@@ -25,9 +25,15 @@ from moco.encoder import ImageEncoder
 from moco.explore.app import serve
 from moco.explore.atlas import Atlas, open_atlas
 from moco.explore.layout import Layout
-from moco.explore.saved import save_page
+from moco.explore.saved import SCRIPTS, save_page
+from moco.figures import CLASS_COLOURS_DARK, CLASS_COLOURS_LIGHT
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: uv sync --group dev")
+REQUIRED = os.environ.get("MOCO_BROWSER") == "required"
+"""Where a browser has to be, as in CI, that there is none fails the tests."""
+if REQUIRED:
+    import playwright.sync_api as sync_api
+else:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: uv sync --group dev")
 expect = sync_api.expect
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -43,7 +49,7 @@ QUIET = (
     "--disable-sync",
 )
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason="needs Chromium: apt-get install chromium")
 
 
 class MeanColour(nn.Module):
@@ -67,13 +73,11 @@ class Opened:
     said: list[str] = field(default_factory=list)
 
     def at(self, row: int) -> tuple[float, float]:
-        """Where an image is on the screen before anybody moves the map: it fills the map but for 36 pixels."""
+        """Where an image is on the screen."""
         box = self.page.locator("#map").bounding_box()
         assert box
-        offset = self.atlas.layout.xy - 0.5
-        extent = 2 * np.abs(offset).max(axis=0)
-        scale = min((box["width"] - 72) / extent[0], (box["height"] - 72) / extent[1])
-        x, y = offset[row] * scale
+        left, top, scale = map(float, (self.page.locator("#map").get_attribute("data-view") or "").split())
+        x, y = (self.atlas.layout.xy[row] - (left, top)) * scale
         return box["x"] + box["width"] / 2 + float(x), box["y"] + box["height"] / 2 + float(y)
 
     def screen(self) -> np.ndarray:
@@ -137,7 +141,8 @@ def crowd() -> Atlas:
     pixels = torch.from_numpy(np.repeat(colours(8000)[:, :, None, None], 4, axis=2))
     images = ArrayImages(pixels, None, None, tuple(f"points/{number}" for number in range(8000)))
     vectors = np.random.default_rng(0).normal(size=(8000, 8)).astype(np.float32)
-    return Atlas("Crowd", "", moco.Embeddings(vectors, images.paths, None, None), images, by_hand(100, 80), None)
+    emb = moco.Embeddings(vectors, images.paths, np.arange(8000) % 10, tuple("abcdefghij"))
+    return Atlas("Crowd", "", emb, images, by_hand(100, 80), None)
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +224,11 @@ def test_thumbnails_stand_where_their_images_belong(site: Opened) -> None:
     assert len(np.unique(site.screen().reshape(-1, 3), axis=0)) > 200
 
 
-@pytest.mark.parametrize("painter", ["webgl", "canvas"])
-def test_points_have_their_place_and_the_colour_of_their_cluster(
-    browser: "Browser", crowd: Atlas, painter: str
+@pytest.mark.parametrize(("painter", "dark"), [("webgl", False), ("canvas", True)])
+def test_points_have_their_place_and_the_colour_of_their_class(
+    browser: "Browser", crowd: Atlas, painter: str, dark: bool
 ) -> None:
-    for opened in served(browser, crowd):
+    for opened in served(browser, crowd, dark=dark):
         if painter == "canvas":
             opened.page.add_init_script(
                 "const get = HTMLCanvasElement.prototype.getContext; HTMLCanvasElement.prototype.getContext ="
@@ -235,16 +240,57 @@ def test_points_have_their_place_and_the_colour_of_their_cluster(
         if painter == "webgl" and drawn[0] == "canvas":
             pytest.skip("this browser has no WebGL")
         assert drawn == [painter, "0", "0"]
-        okabe_ito = np.array([[0x00, 0x72, 0xB2], [0xE6, 0x9F, 0x00], [0x00, 0x9E, 0x73]])
-        for row in (0, 1, 2, 101, 4057):
-            distance = np.abs(okabe_ito - opened.pixels(row)[:, None]).max(axis=2).min(axis=0)
-            assert distance.argmin() == row % 3 and distance.min() < 60, row
+        names = CLASS_COLOURS_DARK if dark else CLASS_COLOURS_LIGHT
+        known = np.array([[int(name[at : at + 2], 16) for at in (1, 3, 5)] for name in names])
+        for row in (0, 1, 2, 103, 4057, 5049):
+            distance = np.abs(known - opened.pixels(row)[:, None]).max(axis=2).min(axis=0)
+            assert distance.argmin() == row % 10 and distance.min() < 60, row
         opened.page.locator("#map").focus()
         for _ in range(8):
             opened.page.keyboard.press("+")
         opened.settle()
         count = int((opened.page.locator("#map").get_attribute("data-drawn") or "").split()[1])
         assert 0 < count <= 3000
+
+
+def test_a_list_of_many_says_how_many_classes_it_leaves_out(browser: "Browser", crowd: Atlas) -> None:
+    for opened in served(browser, crowd):
+        opened.page.locator("#filter").focus()
+        opened.page.keyboard.press("Enter")
+        expect(opened.page.locator("#details h2")).to_have_text("8,000 images selected")
+        expect(opened.page.locator(".bars b")).to_have_text(["800"] * 8)
+        expect(opened.page.locator(".bars small")).to_have_text("and 2 more")
+        expect(opened.page.locator("#details .tile")).to_have_count(240)
+
+
+def test_the_map_stays_where_it_is_when_the_panel_opens_and_closes(site: Opened) -> None:
+    before = site.at(4)
+    site.page.mouse.click(*before)
+    site.shown()
+    site.settle()
+    assert site.at(4) == pytest.approx(before, abs=0.6)
+    assert np.abs(site.pixels(4) - site.atlas.images.decode(4)[:, 0, 0].numpy()).max() < 16
+    site.page.keyboard.press("Escape")
+    site.settle()
+    assert site.at(4) == pytest.approx(before, abs=0.6)
+    last = ACROSS * DOWN - 1  # where the panel will be
+    site.page.mouse.click(*site.at(last))
+    edge = site.page.locator("#panel").bounding_box()
+    assert edge
+    site.page.wait_for_timeout(500)
+    assert site.at(last)[0] < edge["x"]
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_no_image_lies_under_the_legend_at_first(browser: "Browser", atlas: Atlas, phone: bool) -> None:
+    for opened in served(browser, atlas, phone=phone):
+        card = opened.page.locator("#legend").bounding_box()
+        frame = opened.page.locator("#map").bounding_box()
+        assert card and frame
+        for row in range(ACROSS * DOWN):
+            x, y = opened.at(row)
+            assert x > card["x"] + card["width"] or y < card["y"], row
+            assert frame["x"] < x < frame["x"] + frame["width"] and frame["y"] < y < frame["y"] + frame["height"], row
 
 
 @pytest.mark.parametrize("where", ["site", "saved"])
@@ -313,7 +359,7 @@ def test_hostile_names_are_shown_as_text(site: Opened) -> None:
         expect(site.page.locator("#details small").first).to_contain_text(NAMES[row])
         expect(site.page.locator("#details .tile").first).to_be_visible()
     assert site.page.title() == "Forty: map of images"
-    assert site.page.locator("script").count() == 2
+    assert site.page.locator("script").count() == len(SCRIPTS)
     assert site.page.locator("#details img").count() == 1 and site.page.locator("b b, span b").count() == 0
     assert "odd <b>" in site.page.locator("#entries").inner_text()
 
@@ -363,8 +409,9 @@ def test_the_map_is_used_by_keyboard_alone(site: Opened) -> None:
         if page.locator("#map").evaluate("map => map === document.activeElement"):
             break
     expect(page.locator("#map")).to_be_focused()
+    seen = [float(each) for each in (page.locator("#map").get_attribute("data-view") or "").split()]
+    middle = int(np.linalg.norm(site.atlas.layout.xy - seen[:2], axis=1).argmin())
     page.keyboard.press("Enter")
-    middle = int(np.linalg.norm(site.atlas.layout.xy - 0.5, axis=1).argmin())
     title = page.locator("#details h2")
     expect(title).to_contain_text("x.png")
     expect(page.locator("#details small").first).to_contain_text(Path(site.atlas.embeddings.paths[middle]).parent.name)
@@ -431,6 +478,11 @@ def test_it_fits_a_phone_and_answers_to_touch(browser: "Browser", atlas: Atlas) 
     for opened in served(browser, atlas, phone=True):
         wide = opened.page.evaluate("() => document.documentElement.scrollWidth")
         assert wide <= 360
+        expect(opened.page.locator("#filter")).to_have_attribute("placeholder", "Filter")
+        expect(opened.page.locator("#note")).to_be_visible()
+        for button in opened.page.locator("#entries button, #modes button, .zoom button").all():
+            size = button.bounding_box()
+            assert size and size["height"] >= 40
         opened.page.touchscreen.tap(*opened.at(20))
         assert len(opened.shown()) == 12
 

@@ -13,28 +13,29 @@ from matplotlib.patches import StepPatch
 from PIL import Image
 
 from moco.figures import (
-    BLUE,
+    CLASS_COLOURS_DARK,
+    CLASS_COLOURS_LIGHT,
     DARK,
-    GREEN,
-    GREY,
     LIGHT,
-    ORANGE,
+    Alike,
     Neighbours,
     Theme,
     Views,
-    apart,
     confusion_matrix,
-    coordinates,
     curve_panels,
     curves,
     embedding_map,
+    letters,
     neighbours,
     overlay,
     save,
     similarities,
     svg,
+    thumbnail_places,
     views,
 )
+
+BLUE, ORANGE, GREEN, GREY = LIGHT.blue, LIGHT.orange, LIGHT.green, LIGHT.muted
 
 # Between two looks at the neighbours there are rows without them.
 ROWS = [
@@ -119,7 +120,15 @@ def test_curves_can_be_written_as_a_picture(rows):
     assert buffer.getvalue().startswith(b"\x89PNG")
 
 
-def test_neighbours_are_shown_most_similar_left_and_least_similar_right_row_by_row():
+def texts(figure: Figure) -> dict[str, list[tuple[float, float]]]:
+    """Where each text of a figure stands."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for text in figure.texts:
+        found.setdefault(text.get_text(), []).append(text.get_position())
+    return found
+
+
+def test_neighbours_are_ranked_by_similarity_the_most_and_the_least_similar_first():
     def picture(value: int) -> np.ndarray:
         return np.full((8, 8, 3) if value % 2 else (8, 8), value, dtype=np.uint8)
 
@@ -127,23 +136,42 @@ def test_neighbours_are_shown_most_similar_left_and_least_similar_right_row_by_r
         Neighbours(
             query=picture(100 * row),
             title=f"query {row}",
-            nearest=[(picture(100 * row + i), f"near {row} {i}") for i in (1, 2, 3)],
-            farthest=[(picture(100 * row + i), f"far {row} {i}") for i in (4, 5)],
+            nearest=[Alike(picture(100 * row + i), f"n{row}{i}", 0.9 - i / 100) for i in (2, 1, 3)],
+            farthest=[Alike(picture(100 * row + i), f"f{row}{i}", i / 100 - 0.5) for i in (5, 4)],
         )
         for row in (0, 1)
     ]
     figure = neighbours(rows)
-    assert [axes.get_title() for axes in figure.axes] == [
-        title
-        for row in (0, 1)
-        for title in (f"query {row}", *(f"near {row} {i}" for i in (1, 2, 3)), *(f"far {row} {i}" for i in (4, 5)))
-    ]
     shown = [int(np.asarray(axes.images[0].get_array()).max()) for axes in figure.axes]
     assert shown == [100 * row + i for row in (0, 1) for i in range(6)]
-    left = [axes.get_position().x0 for axes in figure.axes[:6]]
-    assert left == sorted(left)
-    assert {text.get_text() for text in figure.texts} == {"image", "most similar", "least similar"}
-    figure.savefig(io.BytesIO(), format="png", dpi=20)
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert [box.x0 for box in boxes[:6]] == sorted(box.x0 for box in boxes[:6])
+    # The name stands over the middle of its picture, the similarity under it.
+    where = texts(figure)
+    names = [name for row in (0, 1) for name in (f"query {row}", *(f"n{row}{i}" for i in (1, 2, 3)), f"f{row}4")]
+    for name, box in zip(names, [*boxes[:5], *boxes[6:11]], strict=True):
+        ((x, y),) = where[name]
+        assert x == pytest.approx((box.x0 + box.x1) / 2) and y > box.y1
+    assert {"image", "most similar", "least similar"} <= where.keys()
+    for similarity, places in (("0.89", (1, 7)), ("-0.46", (4, 10)), ("-0.45", (5, 11))):
+        for (x, y), place in zip(where[similarity], places, strict=True):
+            assert x == pytest.approx((boxes[place].x0 + boxes[place].x1) / 2) and y < boxes[place].y0
+
+
+def test_captions_stand_on_one_line_over_pictures_of_any_proportions_and_stay_in_their_cell():
+    long = "ILSVRC2012_val_00012345.JPEG"
+    figure = neighbours(
+        [Neighbours(grey(1, 9, 27), long, [Alike(grey(2, 27, 9), long, 0.5)], [Alike(grey(3), "iiii", 0.1)])]
+    )
+    figure.draw_without_rendering()
+    drawn = [text for text in figure.texts if text.get_text().startswith(("ILSV", "iiii"))]
+    assert len({text.get_position()[1] for text in drawn}) == 1 and drawn[0].get_text().endswith("…")
+    width = figure.get_window_extent().width
+    boxes = sorted((text.get_window_extent() for text in drawn), key=lambda box: box.x0)
+    assert boxes[0].x0 >= 0 and boxes[-1].x1 <= width
+    assert all(one.x1 < other.x0 for one, other in zip(boxes, boxes[1:], strict=False))
+    # A cell is an inch: the name fills it, and hardly more.
+    assert 0.8 * 120 < boxes[0].width < 1.1 * 120
 
 
 def test_figures_need_no_window_and_leave_none_open():
@@ -168,11 +196,16 @@ EVERY: dict[str, Callable[[Theme], Figure]] = {
     "loss": lambda theme: curve_panels(ROWS, chance=8.3, floor=2.1, baselines={}, theme=theme)["loss"],
     "overlay": lambda theme: overlay({"a": ROWS, "_$b": ROWS[:1]}, "loss", title="$x", theme=theme),
     "neighbours": lambda theme: neighbours(
-        [Neighbours(grey(9), "$q", [(grey(1), NAMES[0])], [(grey(2), "")])], theme=theme
+        [Neighbours(grey(9), "$q", [Alike(grey(1), NAMES[0], 0.9)], [Alike(grey(2), "", 0.1)])], theme=theme
     ),
     "views": lambda theme: views([Views(grey(9), NAMES[0], grey(1), grey(2))], theme=theme),
     "map": lambda theme: embedding_map(
-        PLACES, [grey(1)] * len(apart(PLACES, 0.042)), labels=LABELS, classes=NAMES, title="$t", theme=theme
+        PLACES,
+        [grey(1)] * len(thumbnail_places(PLACES, 0.03).index),
+        labels=LABELS,
+        classes=NAMES,
+        title="$t",
+        theme=theme,
     ),
     "similarities": lambda theme: similarities(np.linspace(0, 1, 50), np.linspace(-0.9, 0.3, 99), theme=theme),
     "confusion": lambda theme: confusion_matrix(np.eye(3, dtype=int), NAMES, title="$t", theme=theme),
@@ -238,7 +271,7 @@ def test_pictures_keep_their_proportions():
     wide, tall = grey(5, 20, 60), grey(7, 60, 20)
     grids = [
         views([Views(wide, "", tall, tall)]),
-        neighbours([Neighbours(wide, "", [(tall, ""), (wide, "")], [(tall, "")])]),
+        neighbours([Neighbours(wide, "", [Alike(tall, "", 0.9), Alike(wide, "", 0.8)], [Alike(tall, "", 0.1)])]),
     ]
     for figure in grids:
         figure.draw_without_rendering()
@@ -261,53 +294,64 @@ def test_views_stand_below_their_image():
         image, first, second = (places[10 * column + row] for row in range(3))
         assert image.x0 == first.x0 == second.x0 and image.y0 > first.y0 > second.y0
     assert places[10].x0 < places[20].x0 < places[30].x0
-    assert {text.get_text() for text in figure.texts} == {"image", "view 1", "view 2"}
-    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["c1", "c2", "c3"]
+    where = texts(figure)
+    assert where.keys() == {"image", "view 1", "view 2", "c1", "c2", "c3"}
+    assert where["c1"][0][0] < where["c2"][0][0] < where["c3"][0][0]
 
 
-def test_similar_vectors_come_to_lie_together():
-    rng = np.random.default_rng(0)
-    centres = np.eye(3, 16, dtype=np.float32)
-    vectors = np.concatenate([centre + 0.05 * rng.standard_normal((30, 16), dtype=np.float32) for centre in centres])
-    vectors *= rng.uniform(0.1, 10, (90, 1)).astype(np.float32)  # only the direction counts
-    for method in ("tsne", "pca"):
-        places = coordinates(vectors, method=method)
-        assert places.shape == (90, 2) and places.min() >= 0 and places.max() <= 1
-        groups = places.reshape(3, 30, 2)
-        within = np.linalg.norm(groups - groups.mean(axis=1, keepdims=True), axis=2).max()
-        middles = groups.mean(axis=1)
-        between = min(np.linalg.norm(middles[i] - middles[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-        assert between > 2 * within, method
-        np.testing.assert_array_equal(places, coordinates(vectors, method=method))
-
-
-@pytest.mark.parametrize("vectors", [np.ones((1, 4)), np.ones((30, 4)), np.zeros((3, 4)), np.eye(2, 1), np.eye(5)])
-def test_few_or_equal_vectors_have_places_too(vectors):
-    places = coordinates(vectors.astype(np.float32))
-    assert places.shape == (len(vectors), 2) and np.isfinite(places).all()
-    assert places.min() >= 0 and places.max() <= 1
-
-
-def test_thumbnails_do_not_overlap_and_fill_the_room():
+def test_thumbnails_fill_squares_of_a_grid_beside_their_points():
     places = np.random.default_rng(0).uniform(size=(400, 2))
-    chosen = apart(places, 0.1)
-    distance = np.abs(places[:, None] - places[chosen][None]).max(axis=2)
-    among = distance[chosen] + np.eye(len(chosen))
-    assert among.min() >= 0.1 and (distance.min(axis=1) < 0.1).all() and chosen[0] == 0
+    found = thumbnail_places(places, 0.04)
+    squares = np.round(found.xy / 0.04 - 0.5)
+    np.testing.assert_allclose(found.xy, (squares + 0.5) * 0.04)
+    assert len(np.unique(squares, axis=0)) == len(found.index) == len(set(found.index.tolist()))
+    assert np.abs(found.xy - places[found.index]).max() <= 1.5 * 0.04 + 1e-9
+    # Nearly all of 400 points find one of the 625 squares, which half of that would not with a square each of its own.
+    assert found.index[0] == 0 and len(found.index) > 360
+    assert thumbnail_places(np.zeros((20, 2)), 0.1).index.tolist() == list(range(9))
 
 
-def test_the_map_colours_and_names_few_classes_and_leaves_many_grey():
-    figure = EVERY["map"](LIGHT)
-    points = figure.axes[0].collections[0]
-    assert np.asarray(points.get_offsets()) == pytest.approx(PLACES)
+def test_the_map_colours_classes_as_far_as_colours_go_and_names_them_beside_the_thumbnails():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(12), 10)
+    places = np.stack([labels % 4, labels // 4], axis=1) / 4 + rng.uniform(0, 0.15, (120, 2))
+    names = [f"class {number}" for number in range(12)]
+    shown = thumbnail_places(places, 0.04)
+    figure = embedding_map(places, [grey(1)] * len(shown.index), labels=labels, classes=names, side=0.04)
+    axes = figure.axes[0]
+    points = axes.collections[0]
+    assert np.asarray(points.get_offsets()) == pytest.approx(places)
     colours = [to_hex(colour).upper() for colour in np.asarray(points.get_facecolor())]
-    assert [colours[0], colours[2], colours[4]] == [LIGHT.blue, LIGHT.amber, LIGHT.green] and colours[0] == colours[1]
-    assert [text.get_text() for text in figure.axes[0].texts] == NAMES
-    # The second point has no room beside the first.
-    assert len(figure.axes[0].images) == len(figure.axes[0].patches) == 4
-    many = embedding_map(np.random.default_rng(0).uniform(size=(30, 2)), [grey(1)], side=2.0, labels=np.arange(30))
-    assert not many.axes[0].texts
+    assert colours[::10] == [*LIGHT.classes, LIGHT.muted, LIGHT.muted]
+    frames = [to_hex(patch.get_edgecolor()).upper() for patch in axes.patches]
+    assert frames == [colours[number] for number in shown.index] and len(axes.images) == len(frames)
+    assert [text.get_text() for text in axes.texts] == names
+    figure.draw_without_rendering()
+    boxes = [patch.get_window_extent() for text in axes.texts if (patch := text.get_bbox_patch())]
+    paper = figure.get_window_extent()
+    for number, box in enumerate(boxes):
+        assert paper.x0 <= box.x0 < box.x1 <= paper.x1 and paper.y0 <= box.y0 < box.y1 <= paper.y1
+        assert not any(box.overlaps(other) for other in boxes[number + 1 :])
+        assert not any(box.overlaps(image.get_window_extent()) for image in axes.images)
+
+
+def test_of_many_classes_the_map_is_grey():
+    places = np.random.default_rng(0).uniform(size=(30, 2))
+    number = len(thumbnail_places(places, 0.3).index)
+    many = embedding_map(places, [grey(1)] * number, side=0.3, labels=np.arange(30), title="$t")
+    assert not many.axes[0].texts and [text.get_text() for text in many.texts] == ["$t"]
     assert {to_hex(c).upper() for c in np.asarray(many.axes[0].collections[0].get_facecolor())} == {LIGHT.muted}
+
+
+def test_a_flat_map_takes_no_more_paper_than_it_needs():
+    x = np.linspace(0, 1, 50)
+    for places in (np.stack([x, 0.5 + 0.1 * np.sin(9 * x)], axis=1), np.full((1, 2), 0.5)):
+        figure = embedding_map(places, [grey(1)] * len(thumbnail_places(places, 0.05).index), side=0.05)
+        pixels = np.asarray(figure.get_size_inches())
+        assert pixels[1] < 0.45 * pixels[0] or len(places) == 1
+        low, high = np.asarray([figure.axes[0].get_xlim(), figure.axes[0].get_ylim()]).T
+        assert (low < places.min(axis=0)).all() and (high > places.max(axis=0)).all()
+        assert (high - low)[1] / (high - low)[0] == pytest.approx(pixels[1] / pixels[0], rel=1e-6)
 
 
 def test_the_histogram_counts_percent_of_each_kind_of_pair():
@@ -339,10 +383,9 @@ def test_each_panel_is_one_of_the_curves():
     rows = [row | {"effective_rank": 20.0 + i, "alignment": 0.4, "uniformity": -3.0} for i, row in enumerate(ROWS)]
     panels = curve_panels(rows, chance=8.3, floor=2.1, baselines=BASELINES)
     assert len(panels) == 6
-    whole = lines(draw(ROWS))
-    apart_ = {label: line for figure in panels.values() for label, line in lines(figure).items()}
-    assert whole.items() <= apart_.items()
-    assert apart_["effective rank"][1] == [row["effective_rank"] for row in rows]
+    apart = {label: line for figure in panels.values() for label, line in lines(figure).items()}
+    assert apart == lines(draw(rows)) and lines(draw(ROWS)).items() < apart.items()
+    assert apart["effective rank"][1] == [row["effective_rank"] for row in rows]
 
 
 def test_runs_are_drawn_over_each_other_by_name():
@@ -351,6 +394,13 @@ def test_runs_are_drawn_over_each_other_by_name():
     assert set(drawn) == {"a", " _b"} and drawn["a"][2] != drawn[" _b"][2]
     assert drawn["a"][1] == [row["knn_top1"] for row in ROWS if "knn_top1" in row]
     assert [text.get_text() for text in overlay({"a": ROWS}, "other", title="").axes[0].texts] == ["nothing measured"]
+
+
+def test_losses_of_unlike_queues_are_drawn_as_a_share_of_chance():
+    figure = overlay({"a": ROWS, "b": ROWS}, "loss", title="", unit={"a": 8.0, "b": 4.0})
+    drawn = lines(figure)
+    assert drawn["a"][1] == [row["loss"] / 8 for row in ROWS] and drawn["b"][1] == [row["loss"] / 4 for row in ROWS]
+    assert levels(figure) == {1.0} and [text.get_text() for text in figure.axes[0].texts] == ["chance"]
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
@@ -368,4 +418,58 @@ def test_lines_and_letters_stand_out_from_the_paper(theme):
     # Words are written in blue and orange, too; the others are of lines and points.
     assert min(contrast(theme.blue, theme.paper), contrast(theme.orange, theme.paper)) > 3.5
     assert all(contrast(each, theme.paper) > 1.7 for each in theme.classes)
-    assert len(set(theme.classes)) == 8
+
+
+SIGHT = {  # linear RGB as seen without one kind of cone, Machado, Oliveira and Fernandes 2009, table 1, severity 1
+    "full": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_class_colours_are_told_apart_by_all_eyes(theme, sight):
+    """Distances in OKLab (Ottosson 2020); 0.07 is some three times what can just be seen."""
+    codes = [theme.muted, *theme.classes]
+    rgb = np.asarray([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in codes])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ np.asarray(SIGHT[sight]).T
+    cones = [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+    opponents = [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+    lab = np.cbrt(linear.clip(0, 1) @ np.asarray(cones).T) @ np.asarray(opponents).T
+    distance = np.linalg.norm(lab[:, None] - lab[None], axis=2) + np.eye(len(lab))
+    assert len(set(theme.classes)) == 10 and distance.min() > 0.06
+    assert distance[1:, 1:].min() > 0.07
+
+
+def test_the_palettes_are_plain_lists_of_colours():
+    for palette, theme in ((CLASS_COLOURS_LIGHT, LIGHT), (CLASS_COLOURS_DARK, DARK)):
+        assert palette == theme.classes and all(re.fullmatch("#[0-9A-F]{6}", each) for each in palette)
+        assert theme.of_class(10) == theme.of_class(-1) == theme.muted and theme.of_class(3) == palette[3]
+
+
+def test_letters_that_the_font_lacks_come_from_another_or_are_named_once(monkeypatch, caplog):
+    have = {letters.OWN: set(map(ord, "cat … image view 12")), "Some CJK": {ord("猫")}, "Other CJK": set()}
+    monkeypatch.setattr(letters, "_letters", lambda name: frozenset(have[name]))
+    monkeypatch.setattr(letters, "_wide", lambda: ("Other CJK", "Some CJK"))
+    letters._say_once.cache_clear()
+    assert letters.families("cat") == [letters.OWN]
+    assert letters.families("cat 猫") == [letters.OWN, "Some CJK"]
+    figure = views([Views(grey(1), "猫", grey(2), grey(3))])
+    letters.lettered(figure, painted=True)
+    (drawn,) = [text for text in figure.texts if text.get_text() == "猫"]
+    assert drawn.get_fontfamily() == [letters.OWN, "Some CJK"]
+    assert "no installed font" not in caplog.text
+    for painted, name in ((False, "犬"), (True, "犬"), (True, "鳥")):
+        letters.lettered(views([Views(grey(1), name, grey(2), grey(3))]), painted=painted)
+        assert caplog.text.count("no installed font has all letters") == painted
+    letters._say_once.cache_clear()

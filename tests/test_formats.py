@@ -8,7 +8,7 @@ from PIL import Image
 
 from moco import formats
 from moco.embed import embed_to
-from moco.formats import export, refuse_missing
+from moco.formats import convert, refuse_missing
 from moco.vectors import Embeddings, load
 from test_vectors import encoder, noise, picture
 
@@ -33,7 +33,7 @@ def assert_same(emb: Embeddings, paths: list[str], labels: list[int], classes: l
 def test_parquet_holds_a_row_per_image(block, folder, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
     monkeypatch.setattr(formats, "BLOCK", block)
-    path = export(folder, "parquet")
+    path = convert(folder, "parquet")
     assert path == folder / "embeddings.parquet"
     rows = parquet.read_table(path).to_pydict()
     assert list(rows) == ["path", "label", "class", "vector"]
@@ -43,48 +43,32 @@ def test_parquet_holds_a_row_per_image(block, folder, monkeypatch):
 
 def test_pandas_polars_and_duckdb_read_the_parquet_file(folder):
     pytest.importorskip("pyarrow", reason="needs the extra parquet")
-    path, emb = export(folder, "parquet"), load(folder)
-    read = 0
-    if pandas := _there("pandas"):
-        frame = pandas.read_parquet(path)
-        assert_same(emb, list(frame["path"]), list(frame["label"]), list(frame["class"]), np.stack(frame["vector"]))
-        read += 1
-    if polars := _there("polars"):
-        frame = polars.read_parquet(path)
-        columns = [frame[name].to_list() for name in ("path", "label", "class", "vector")]
-        assert_same(emb, *columns)
-        read += 1
-    if duckdb := _there("duckdb"):
-        rows = duckdb.connect().execute(f"select path, label, class, vector from '{path}'").fetchall()
-        assert_same(emb, *(list(column) for column in zip(*rows, strict=True)))
-        read += 1
-    if not read:
-        pytest.skip("needs pandas, polars or duckdb")
-
-
-def _there(name: str):
-    try:
-        return __import__(name)
-    except ImportError:
-        return None
+    path, emb = convert(folder, "parquet"), load(folder)
+    frame = pytest.importorskip("pandas").read_parquet(path)
+    assert_same(emb, list(frame["path"]), list(frame["label"]), list(frame["class"]), np.stack(frame["vector"]))
+    frame = pytest.importorskip("polars").read_parquet(path)
+    assert_same(emb, *(frame[name].to_list() for name in ("path", "label", "class", "vector")))
+    with pytest.importorskip("duckdb").connect() as database:
+        rows = database.execute(f"select path, label, class, vector from '{path}'").fetchall()
+    assert_same(emb, *(list(column) for column in zip(*rows, strict=True)))
 
 
 def test_parquet_of_images_without_labels_has_nulls(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
     embed_to(tmp_path / "emb", encoder(), noise(5))
-    rows = parquet.read_table(export(tmp_path / "emb", "parquet")).to_pydict()
+    rows = parquet.read_table(convert(tmp_path / "emb", "parquet")).to_pydict()
     assert rows["path"] == list("01234") and rows["label"] == rows["class"] == [None] * 5
 
 
 def test_parquet_without_its_extra_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for call in (lambda: export(folder, "parquet"), lambda: refuse_missing("parquet")):
+    for call in (lambda: convert(folder, "parquet"), lambda: refuse_missing("parquet")):
         with pytest.raises(ImportError, match=r"Parquet needs an extra: pip install moco-ssl\[parquet\]"):
             call()
 
 
 def test_the_projector_gets_vectors_names_and_thumbnails(folder):
-    out, emb = export(folder, "tensorboard"), load(folder)
+    out, emb = convert(folder, "tensorboard"), load(folder)
     np.testing.assert_array_equal(np.loadtxt(out / "tensors.tsv", dtype=np.float32, delimiter="\t"), emb.vectors)
     lines = (out / "metadata.tsv").read_text().splitlines()
     assert lines[0] == "row\tpath\tclass" and len(lines) == 7
@@ -93,20 +77,20 @@ def test_the_projector_gets_vectors_names_and_thumbnails(folder):
         assert number == str(row) and name == ("cats" if row < 2 else "dogs") and path.endswith(".png")
     with Image.open(out / "sprite.png") as sprite:
         assert sprite.size == (3 * 64, 3 * 64)
-        from moco.data import resized
-        from moco.vectors import images_of
-
-        images = images_of(emb)
-        assert images is not None
-        thumbnail = np.asarray(sprite)[64:128, 64:128]  # the fifth
-        np.testing.assert_array_equal(thumbnail, resized(images, [4], size=64)[0].movedim(0, 2).numpy())
+        with Image.open(emb.paths[4]) as fifth:  # is smaller, and wider than high or not
+            width, height = fifth.size
+            left, top = 64 + (64 - width) // 2, 64 + (64 - height) // 2
+            cell = np.asarray(sprite)[64:128, 64:128]
+            shown = np.asarray(sprite)[top : top + height, left : left + width]
+            np.testing.assert_array_equal(shown, np.asarray(fifth))
+            assert (cell == 255).all(axis=2).sum() >= 64 * 64 - width * height  # white around it
 
 
 def test_tensorboards_projector_understands_its_files(folder):
     plugin = pytest.importorskip("tensorboard.plugins.projector.projector_config_pb2", reason="needs tensorboard")
     from google.protobuf import text_format
 
-    out = export(folder, "tensorboard")
+    out = convert(folder, "tensorboard")
     config = plugin.ProjectorConfig()
     text_format.Parse((out / "projector_config.pbtxt").read_text(), config)
     (one,) = config.embeddings
@@ -118,7 +102,7 @@ def test_tensorboards_projector_understands_its_files(folder):
 def test_of_many_rows_the_projector_gets_some_from_everywhere(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "MAX_POINTS", 10)
     emb = embed_to(tmp_path / "emb", encoder(), noise(100), precision="fp32")
-    out = export(tmp_path / "emb", "tensorboard")
+    out = convert(tmp_path / "emb", "tensorboard")
     rows = [int(line.split("\t")[0]) for line in (out / "metadata.tsv").read_text().splitlines()[1:]]
     assert rows == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     np.testing.assert_array_equal(np.loadtxt(out / "tensors.tsv", dtype=np.float32), emb.vectors[rows])
@@ -129,17 +113,17 @@ def test_images_that_are_handed_over_again_make_thumbnails(tmp_path):
     from moco.data import as_images
 
     embed_to(tmp_path / "emb", encoder(), noise(5))
-    out = export(tmp_path / "emb", "tensorboard", images=as_images(noise(5)))
+    out = convert(tmp_path / "emb", "tensorboard", images=as_images(noise(5)))
     with Image.open(out / "sprite.png") as sprite:
         assert sprite.size == (192, 192)
 
 
 def test_npy_is_what_it_is(folder):
-    assert export(folder, "npy") == folder
+    assert convert(folder, "npy") == folder
 
 
 def test_an_unknown_format_names_the_known_ones(folder):
-    for call in (lambda: export(folder, "parket"), lambda: refuse_missing("parket")):
+    for call in (lambda: convert(folder, "parket"), lambda: refuse_missing("parket")):
         with pytest.raises(ValueError, match="unknown format 'parket': expected one of npy, parquet, tensorboard; did"):
             call()
 
@@ -147,5 +131,5 @@ def test_an_unknown_format_names_the_known_ones(folder):
 def test_a_point_too_many_fits_the_largest_picture():
     from moco.data import as_images
 
-    side, content = formats._sprite(as_images(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)), torch.zeros(4097).long())
+    side, content = formats._sprite(as_images(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)), np.zeros(4097, np.int64))
     assert side == 63 and content[:4] == b"\x89PNG"

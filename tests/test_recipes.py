@@ -282,7 +282,7 @@ def test_a_recipe_trains_for_two_steps(name: str, tmp_path: Path, monkeypatch: p
 
     for module, name_of, stand_in in (
         ("moco.pretrain", "load_data", few),
-        *(("moco.pretrain", name, lambda *_: None) for name in ("draw_results", "draw_views", "refresh", "report")),
+        *(("moco.pretrain", name, lambda *_, **__: None) for name in ("draw_results", "draw_start", "refresh")),
         # Gigabytes of a large transformer; what is in them is tested elsewhere.
         ("moco.checkpoint", "save", lambda path, state: None),
         ("moco.checkpoint", "save_encoder", lambda path, encoder: None),

@@ -37,6 +37,7 @@ def test_a_finished_run_is_complete(run: Run) -> None:
         "curves.png",
         "neighbours.png",
         "neighbours.svg",
+        "pictures.json",
         "views.svg",
         "map.svg",
         "similarities.svg",

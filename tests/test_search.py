@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -6,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+import moco.ranking as ranking_module
 from moco.checkpoint import save_encoder
 from moco.embed import embed_to
 from moco.encoder import ImageEncoder, build_backbone
 from moco.figures import save
 from moco.search import answer, ask, picture, search
-from moco.vectors import Embeddings
+from moco.vectors import Embeddings, load
 from test_vectors import encoder, noise
 from test_vectors import picture as save_picture
 
@@ -48,6 +50,57 @@ def test_answers_that_float32_cannot_tell_apart_are_in_float64s_order():
     vectors = random.normal(size=(1, 512)) + 1e-4 * random.normal(size=(800, 512))
     found = search(table(vectors), 0, k=20)
     np.testing.assert_array_equal(found.rows[0], ranking(table(vectors), 0, 20)[0])
+
+
+@pytest.mark.parametrize("farthest", [False, True])
+def test_more_equal_answers_than_are_looked_at_are_still_in_order(farthest, monkeypatch):
+    monkeypatch.setattr(ranking_module, "MARGINS", (2, 5))
+    monkeypatch.setattr(ranking_module, "BLOCK", 700)
+    vectors = np.random.default_rng(0).normal(size=(60, 33)).astype(np.float32)
+    vectors[5:55] = vectors[5] * np.geomspace(0.1, 10, 50)[:, None]
+    copies = np.random.default_rng(1).permutation(np.tile(vectors[5], (40, 1)))
+    vectors[10:50] = copies
+    emb = table(vectors)
+    for row in (0, 20):
+        found, (rows, _) = search(emb, row, k=30, farthest=farthest), ranking(emb, row, 30, farthest=farthest)
+        equal = found.rows[0][(found.rows[0] >= 10) & (found.rows[0] < 50)]
+        assert equal.tolist() == [each for each in range(10, 50) if each != row][: len(equal)]
+        near = [set(each.tolist()) - set(range(5, 55)) for each in (found.rows[0], rows)]
+        assert near[0] == near[1]
+
+
+def test_an_approximate_search_ranks_what_its_graph_finds_as_float64_does(folder, tmp_path):
+    pytest.importorskip("usearch", reason="needs the extra ann")
+    emb = table(np.random.default_rng(0).normal(size=(3000, 24)) ** 2)
+    found, want = (search(emb, list(range(0, 3000, 100)), k=10, approximate=each) for each in (True, False))
+    same = sum(len(set(a) & set(b)) for a, b in zip(found.rows.tolist(), want.rows.tolist(), strict=True))
+    assert same >= 0.97 * want.rows.size and not (found.rows == np.arange(0, 3000, 100)[:, None]).any()
+    assert (np.diff(found.similarities) <= 0).all() and (found.similarities <= want.similarities + 1e-12).all()
+    everything = search(folder, 3, k=50, approximate=True)
+    np.testing.assert_array_equal(everything.rows, search(folder, 3, k=50).rows)
+
+
+def test_the_graph_is_kept_beside_the_vectors_and_made_anew_where_it_does_not_fit(folder):
+    pytest.importorskip("usearch", reason="needs the extra ann")
+    want = search(folder, 3, k=5, approximate=True)
+    (graph,) = folder.glob("graph-*.usearch")
+    kept = graph.stat().st_mtime_ns
+    assert search(folder, 3, k=5, approximate=True).rows.tolist() == want.rows.tolist()
+    assert graph.stat().st_mtime_ns == kept
+    for spoilt in (b"", b"junk", graph.read_bytes()[:100]):
+        graph.write_bytes(spoilt)
+        assert search(folder, 3, k=5, approximate=True).rows.tolist() == want.rows.tolist()
+    assert graph.stat().st_size > 100 and not list(folder.glob(".graph*"))
+    assert len(load(folder)) == 12
+
+
+def test_an_approximate_search_says_what_it_cannot_do(monkeypatch):
+    with pytest.raises(ValueError, match="an approximate search finds the most similar; leave out farthest"):
+        search(table(np.eye(4)), 0, approximate=True, farthest=True)
+    monkeypatch.setitem(sys.modules, "usearch", None)
+    monkeypatch.setitem(sys.modules, "usearch.index", None)
+    with pytest.raises(ImportError, match=r"approximate search needs an extra: pip install moco-ssl\[ann\]"):
+        search(table(np.eye(4)), 0, approximate=True)
 
 
 def test_of_equal_answers_the_first_rows_come_first():
@@ -110,8 +163,18 @@ def test_a_picture_an_array_and_a_tensor_are_asked_about_like_the_file(folder, p
             assert found.rows.tolist() == want.rows.tolist() and found.queries == ("query 0",)
             np.testing.assert_allclose(found.similarities, want.similarities, atol=1e-6)
         several = search(folder, [photos / "new.png", 3, image], k=12)
-    assert several.rows.shape == (3, 11)  # row 3 is not among its own answers
-    assert several.rows[0].tolist() == several.rows[2].tolist() == want.rows[0, :11].tolist()
+    assert several.rows[0].tolist() == several.rows[2].tolist() == want.rows[0].tolist()
+
+
+def test_a_query_that_is_in_the_table_shortens_nobody_elses_answers(folder, photos):
+    found, alone = search(folder, [photos / "new.png", 3], k=50), search(folder, 3, k=50)
+    assert found.rows.shape == found.similarities.shape == (2, 12) and alone.rows.shape == (1, 11)
+    assert sorted(found.rows[0]) == list(range(12)) and len(found.paths[0]) == 12
+    assert found.rows[1].tolist() == [*alone.rows[0], -1] and found.paths[1] == alone.paths[0]
+    assert found.labels is not None and (found.labels < 0).tolist() == (found.rows < 0).tolist()
+    assert np.isnan(found.similarities).tolist() == (found.rows < 0).tolist()
+    figure = picture(folder, ask(load(folder), [photos / "new.png", 3]), shown=50)
+    assert len(figure.axes) == (1 + 12 + 12) + (1 + 11 + 11)
 
 
 def test_a_file_of_the_table_is_its_row(folder, photos, monkeypatch):
@@ -120,6 +183,20 @@ def test_a_file_of_the_table_is_its_row(folder, photos, monkeypatch):
     for query in (photos / "in" / "dogs" / "07.png", "dogs/07.png", Path("dogs/07.png"), np.int64(7), np.array([7])):
         found = search(folder, query, k=11)
         assert found.rows.tolist() == search(folder, row, k=11).rows.tolist() and row not in found.rows
+
+
+def test_a_table_of_a_relative_folder_is_searched_from_anywhere(run, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos)
+    embed_to(tmp_path / "emb", run, "in", precision="fp32", accelerator="cpu")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    emb = load("../emb")
+    assert emb.paths[7] == str(photos / "in" / "dogs" / "07.png")
+    (tmp_path / "link").symlink_to(photos)
+    for query in (emb.paths[7], tmp_path / "link" / "in" / "dogs" / "07.png"):
+        assert 7 not in search(emb, query, k=11).rows
+    figure = picture(emb, ask(emb, 7), shown=2)
+    assert all(np.ptp(np.asarray(axes.images[0].get_array())) > 0 for axes in figure.axes)
 
 
 def test_a_query_that_cannot_be_read_is_named(folder, tmp_path):
@@ -133,6 +210,12 @@ def test_a_query_that_cannot_be_read_is_named(folder, tmp_path):
 def test_a_row_that_is_not_there_is_refused(row, folder):
     with pytest.raises(ValueError, match=f"row {row} was asked for; expected 0 to 11"):
         search(folder, row)
+
+
+@pytest.mark.parametrize("query", [True, [1, False], np.array([True])])
+def test_yes_and_no_are_no_rows(query, folder):
+    with pytest.raises(ValueError, match="a query is (True|False); expected an image file, a picture or a row number"):
+        search(folder, query)
 
 
 def test_no_query_and_no_answers_are_refused(folder):
@@ -177,12 +260,10 @@ def test_embeddings_in_memory_search_with_their_encoder_or_ask_for_it():
 
 
 def test_the_picture_shows_the_query_and_both_ends_with_class_and_score_in_their_proportions(folder, photos, tmp_path):
-    from moco.vectors import load
-
     emb = load(folder)
     asked = ask(emb, [photos / "new.png", 7])
     figure = picture(emb, asked, shown=3)
-    titles = [axes.get_title() for axes in figure.axes]
+    written = [text.get_text() for text in figure.texts[3:]]  # behind the headings
     near, far = (answer(emb, asked, k=3, farthest=farthest) for farthest in (False, True))
     assert near.labels is not None and emb.classes is not None
     for query, name in enumerate(("new.png", "dogs")):
@@ -190,8 +271,8 @@ def test_the_picture_shows_the_query_and_both_ends_with_class_and_score_in_their
         for found in (near, far):
             assert found.labels is not None
             pairs = zip(found.labels[query], found.similarities[query], strict=True)
-            want += [f"{emb.classes[label]} {similarity:.2f}" for label, similarity in pairs]
-        assert titles[7 * query : 7 * query + 7] == want
+            want += [text for label, similarity in pairs for text in (emb.classes[label], f"{similarity:.2f}")]
+        assert written[13 * query : 13 * query + 13] == want
     shapes = [np.asarray(axes.images[0].get_array()).shape[:2] for axes in figure.axes]
     assert shapes[0] == (16, 40) and shapes[7] == (37, 20)
     for axes in figure.axes:

@@ -55,33 +55,62 @@ import moco.checkpoint, moco.embed
 import moco.engine
 embedding, table = sys.modules["moco.embed"], sys.modules["moco.table"]
 table.SYNC_EVERY = 0.03
-out, source, images = sys.argv[1:]
+out, both, source, images = sys.argv[1:]
 moco.checkpoint.load_encoder(source)  # once, so that children start at once
-kills = 0
-for attempt in range(40):
-    child = os.fork()
+rows = lambda: os.path.exists(names := os.path.join(out, "images.csv")) and os.path.getsize(names)
+kills, codes = 0, []
+while 0 not in codes:
+    before, child = rows(), os.fork()
     if child == 0:
         embedding.embed_to(out, source, images, batch_size=4, precision="fp32")
         os._exit(0)
-    time.sleep(random.uniform(0.05, 0.3) * (1 + attempt / 2))
-    os.kill(child, 9)
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
-        break
-    kills += os.path.exists(os.path.join(out, "images.csv"))
-print(kills)
+    if len(codes) < 5:  # from the sixth on it may come to its end
+        until = time.monotonic() + 10
+        while rows() == before and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.02))
+        os.kill(child, 9)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    kills += codes[-1] == -9
+children = []
+for rank in range(2):  # the two of them at once
+    children.append(os.fork())
+    if children[-1] == 0:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+        told = []
+        embedding.embed_to(both, source, images, batch_size=4, precision="fp32", on_progress=lambda *n: told.append(n))
+        os._exit(len(told))
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+print(kills, *codes)
 """
 
 
-def test_killed_at_random_places_the_table_becomes_that_of_an_undisturbed_run(photos: Path, tmp_path: Path) -> None:
-    source = run_folder(tmp_path / "run")
-    embed_to(tmp_path / "whole", source, photos, batch_size=4, precision="fp32", accelerator="cpu")
-    command = [sys.executable, "-c", KILLED, tmp_path / "killed", source, photos]
+@pytest.fixture(scope="module")
+def written(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """One table, `whole`, `killed` at random places, and of `both` processes at once; and the numbers they print."""
+    home = tmp_path_factory.mktemp("written")
+    source = run_folder(home / "run")
+    embed_to(home / "whole", source, photos, batch_size=4, precision="fp32", accelerator="cpu")
+    command = [sys.executable, "-c", KILLED, home / "killed", home / "both", source, photos]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 1
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    emb = load(tmp_path / "killed")
+    return home, [int(number) for number in done.stdout.split()]
+
+
+def test_killed_at_random_places_the_table_becomes_that_of_an_undisturbed_run(
+    photos: Path, written: tuple[Path, list[int]]
+) -> None:
+    home, (kills, *_) = written
+    assert kills >= 1
+    assert files(home / "killed") == files(home / "whole")
+    emb = load(home / "killed")
     assert emb.paths == tuple(str(path) for i, path in enumerate(sorted(photos.rglob("*.png"))) if i not in BAD)
+
+
+def test_two_processes_at_once_write_the_table_of_one(written: tuple[Path, list[int]]) -> None:
+    home, (_, *batches) = written
+    assert batches == [19, 19]  # each did its half of the batches, and ended well
+    assert files(home / "both") == files(home / "whole")
 
 
 class Stop(Exception):
@@ -230,6 +259,32 @@ def test_several_processes_write_the_table_of_one(
     assert files(out) == files(tmp_path / "one")
     monkeypatch.setenv("RANK", "1")
     assert len(embed_to(out, encoder(), photos, **settings)) == COUNT - len(BAD)
+
+
+def test_folders_that_are_no_shares_of_this_table_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "emb"
+    embed_to(out, encoder(), noise(6), batch_size=2)
+    for name in ("share-mine-of-cats", "share-00000-of-00002", "share-1-of-2"):
+        (out / name).mkdir()
+        (out / name / "holiday.jpg").write_text("precious")
+    embed_to(out / "share-00001-of-00002", encoder(), noise(4))  # another table
+    (out / ".download.partial").write_text("precious")
+    left = out / "share-00002-of-00003"  # of this table, left over
+    embed_to(left, encoder(), noise(6), batch_size=2)
+    (left / ".meta.json.abc.partial").write_text("{")
+    assert len(embed_to(out, encoder(), noise(6), batch_size=2)) == 6
+    assert not left.exists() and (out / ".download.partial").exists()
+    for name in ("share-mine-of-cats", "share-00000-of-00002", "share-1-of-2"):
+        assert os.listdir(out / name) == ["holiday.jpg"]
+    assert len(load(out / "share-00001-of-00002")) == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")  # its first share has no place
+    other = tmp_path / "other"
+    (other / "share-00000-of-00002").mkdir(parents=True)
+    (other / "share-00000-of-00002" / "holiday.jpg").write_text("precious")
+    with pytest.raises(FileExistsError, match="share-00000-of-00002 exists and holds no embeddings"):
+        embed_to(other, encoder(), noise(6), batch_size=2)
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import moco
-from moco.data import DATASETS, ArrayImages, Splits
+from moco.data import DATASETS, ArrayImages, BadImage, Splits
 from moco.embed import embed_to
 from moco.encoder import ImageEncoder
-from moco.vectors import Embeddings, images_of, load, read_meta
+from moco.vectors import Embeddings, images_of, load, read_meta, whole_source
 from small import SmallBackbone
 
 
@@ -117,6 +117,63 @@ def test_the_images_of_the_rows_are_found_again_where_they_still_are(
         picked = images_of(some)
         assert picked is not None and picked.decode(0).equal(noise(4)[3])
         assert images_of(replace(emb, paths=("mine/7",))) is None
+
+
+def test_of_files_some_of_which_are_gone_the_others_are_found(tmp_path: Path) -> None:
+    for seed in range(5):
+        picture(tmp_path / "photos" / f"{seed}.png", seed)
+    emb = embed_to(tmp_path / "emb", encoder(), tmp_path / "photos")
+    for gone in (0, 3, 4):
+        Path(emb.paths[gone]).unlink()
+        found = images_of(emb)
+        assert found is not None and found.paths == emb.paths and found.decode(1).shape == (3, 20, 14)
+        with pytest.raises(BadImage, match=f"{gone}.png"):
+            found.decode(gone)
+
+
+def test_images_that_are_gone_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "photos" / "a.png")
+    emb = embed_to(tmp_path / "emb", encoder(), tmp_path / "photos")
+    Path(emb.paths[0]).unlink()
+    assert images_of(emb) is None  # no images in the folder
+    (tmp_path / "photos").rmdir()
+    assert images_of(emb) is None
+
+
+def test_a_relative_folder_and_its_files_are_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "photos" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    emb, held = embed_to("emb", encoder(), "photos"), moco.embed(encoder(), "photos")
+    assert emb.paths == (str(tmp_path / "photos" / "a.png"),) and held.paths == ("photos/a.png",)
+    assert read_meta("emb").images_source == str(tmp_path / "photos")
+    monkeypatch.chdir("/")
+    found = images_of(load(tmp_path / "emb"))
+    assert found is not None and found.decode(0).shape == (3, 20, 14)
+
+
+def test_a_table_with_relative_names_opens(table: Path) -> None:
+    meta = json.loads((table / "meta.json").read_text()) | {"images_source": "photos"}
+    (table / "meta.json").write_text(json.dumps(meta))
+    text = (table / "images.csv").read_text()
+    (table / "images.csv").write_text(text.replace('"0"', '"photos/0.png"'))
+    emb = load(table)
+    assert emb.paths[0] == "photos/0.png" and images_of(emb) is None
+
+
+@pytest.mark.parametrize("name", ["digits", "hf:mnist", "https://a.example/{0..3}.tar", "cifar11"])
+def test_names_that_are_no_folders_stay_as_they_are(name: str) -> None:
+    assert whole_source(name) == name
+
+
+def test_folders_and_shards_get_their_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert whole_source("photos") == whole_source("./photos/") == str(tmp_path / "photos")
+    assert whole_source("s/{0..3}.tar") == str(tmp_path / "s" / "{0..3}.tar")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert whole_source("~/photos") == str(tmp_path / "photos")
 
 
 def test_an_unfinished_table_is_refused_in_one_line_that_says_how_to_go_on(table: Path) -> None:

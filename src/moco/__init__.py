@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moco.export import export
     from moco.model import KeyQueue, info_nce
     from moco.optim import LARS
+    from moco.pack import pack
     from moco.pretrain import pretrain
     from moco.run import Run
     from moco.search import search
@@ -40,6 +41,7 @@ _WHERE = {
     "knn": "moco.evaluate",
     "linear": "moco.evaluate.probe",
     "load_encoder": "moco.checkpoint",
+    "pack": "moco.pack",
     "pretrain": "moco.pretrain",
     "search": "moco.search",
 }
@@ -59,6 +61,7 @@ __all__ = [  # noqa: PLE0604
     "knn",
     "linear",
     "load_encoder",
+    "pack",
     "pretrain",
     "search",
 ]

@@ -1,6 +1,5 @@
 """What a set of images should be looked through for before it is used: near-duplicates and outliers."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,13 +9,12 @@ from jaxtyping import Float64, Int64
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from moco.embed import OnProgress
 from moco.neighbours import nearest, unit_block
 from moco.vectors import Embeddings, load
 
 BLOCK = 2048
 """Rows of which all pairs are looked at a time."""
-
-Report = Callable[[int, int], None]
 
 
 class Outliers(NamedTuple):
@@ -28,7 +26,7 @@ class Outliers(NamedTuple):
 
 @torch.inference_mode()
 def duplicates(
-    embeddings: Embeddings | str | Path, threshold: float = 0.95, *, on_progress: Report | None = None
+    embeddings: Embeddings | str | Path, threshold: float = 0.95, *, on_progress: OnProgress | None = None
 ) -> tuple[tuple[int, ...], ...]:
     """Groups of images that are nearly the same, the largest first, as row numbers.
 
@@ -85,7 +83,7 @@ def _roots(parents: Int64[np.ndarray, " n"], rows: Int64[np.ndarray, " m"]) -> I
 
 
 def outliers(
-    embeddings: Embeddings | str | Path, n: int = 50, *, k: int = 10, on_progress: Report | None = None
+    embeddings: Embeddings | str | Path, n: int = 50, *, k: int = 10, on_progress: OnProgress | None = None
 ) -> Outliers:
     """The images that are least like their own k nearest.
 
@@ -96,11 +94,15 @@ def outliers(
         on_progress: called with (images done, in all).
 
     Raises:
-        ValueError: fewer than two images, or none asked for.
+        ValueError: fewer than two images, or no outliers or neighbours asked for.
     """
     table = load(embeddings) if isinstance(embeddings, str | Path) else embeddings
-    if len(table) < 2 or n < 1 or k < 1:
-        raise ValueError(f"{n} outliers of {len(table)} images by {k} neighbours; expected 1, 2 and 1, or more")
+    if n < 1:
+        raise ValueError(f"{n} outliers were asked for; expected at least 1")
+    if k < 1:
+        raise ValueError(f"outliers by {k} neighbours were asked for; expected at least 1")
+    if len(table) < 2:
+        raise ValueError(f"there are no others to compare {len(table)} image with; expected at least 2 images")
     k, distances = min(k, len(table) - 1), np.empty(len(table))
     for start in range(0, len(table), 4 * BLOCK):
         own = np.arange(start, min(start + 4 * BLOCK, len(table)))

@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from jaxtyping import Int64
 from PIL import Image
 
-from moco.data import Images, resized
+from moco.data import BadImage, FileImages, Images
 from moco.run import write_atomically
+from moco.spacing import evenly
+from moco.transforms import thumbnail
 from moco.vectors import Embeddings, images_of, load, read_meta
 
 MAX_POINTS = 10_000
 """Rows that the projector is given, evenly from all: a browser draws no more with ease."""
 SPRITE, THUMBNAIL = 4096, 64
 """Pixels of a side of all thumbnails together, and at most of one."""
+AT_ONCE = 16
+"""Images that are read at a time: of camera size each takes tens of megabytes until it is shrunk."""
 BLOCK = 2**24
 """Numbers that are converted at a time."""
 
 
-def export(folder: str | Path, format: str, *, images: Images | None = None) -> Path:
-    """Writes what lies in a folder once more, beside it.
+def convert(folder: str | Path, format: str, *, images: Images | None = None) -> Path:
+    """Writes the rows of a table once more, into its folder, as other programs read them.
 
     Args:
         folder: a finished table.
@@ -40,7 +43,7 @@ def export(folder: str | Path, format: str, *, images: Images | None = None) -> 
         ImportError: the format needs an extra that is not installed.
 
     Example:
-        >>> export("emb", "parquet")                                                         # doctest: +SKIP
+        >>> convert("emb", "parquet")                                                        # doctest: +SKIP
         PosixPath('emb/embeddings.parquet')
     """
     if format not in FORMATS:
@@ -53,9 +56,9 @@ def export(folder: str | Path, format: str, *, images: Images | None = None) -> 
 
 
 def refuse_missing(format: str) -> None:
-    """Raises the errors of `export` that can be known before anything is computed."""
+    """Raises the errors of `convert` that can be known before anything is computed."""
     if format not in FORMATS:
-        export(".", format)
+        convert(".", format)
     if format == "parquet":
         _pyarrow()
 
@@ -97,17 +100,16 @@ def _to_parquet(folder: Path, embeddings: Embeddings, images: Images | None) -> 
 
 def _to_projector(folder: Path, embeddings: Embeddings, images: Images | None) -> Path:
     """As https://github.com/tensorflow/tensorboard/blob/master/docs/tensorboard_projector_plugin.ipynb has it."""
-    out, count = folder / "tensorboard", min(len(embeddings), MAX_POINTS)
-    rows = torch.linspace(0, len(embeddings) - 1, count, dtype=torch.float64).round().long()
+    out, rows = folder / "tensorboard", evenly(len(embeddings), MAX_POINTS)
     classed = embeddings.labels is not None
     config = [("tensor_name", read_meta(folder).encoder.get("backbone", "features")), ("tensor_path", "tensors.tsv")]
     config.append(("metadata_path", "metadata.tsv"))
     lines = [f'  {name}: "{_plain(str(value))}"' for name, value in config]
-    lines += [f"  tensor_shape: {number}" for number in (count, embeddings.vectors.shape[1])]
+    lines += [f"  tensor_shape: {number}" for number in (len(rows), embeddings.vectors.shape[1])]
 
     def write_vectors(file: BinaryIO) -> None:
-        for part in rows.split(1000):
-            np.savetxt(file, embeddings.vectors[part.numpy()], fmt="%.9g", delimiter="\t")
+        for start in range(0, len(rows), 1000):
+            np.savetxt(file, embeddings.vectors[rows[start : start + 1000]], fmt="%.9g", delimiter="\t")
 
     write_atomically(out / "tensors.tsv", write_vectors)
     named = [["row", "path", "class"][: 2 + classed]]
@@ -125,17 +127,22 @@ def _to_projector(folder: Path, embeddings: Embeddings, images: Images | None) -
     return out
 
 
-def _sprite(images: Images, rows: Int64[torch.Tensor, " n"]) -> tuple[int, bytes]:
-    """All thumbnails in a square, row by row, and the side of one."""
+def _sprite(images: Images, rows: Int64[np.ndarray, " n"]) -> tuple[int, bytes]:
+    """All thumbnails in a square, row by row, and the side of one's own square, in the middle of which it is."""
     across = int(np.ceil(np.sqrt(len(rows))))
     side = min(THUMBNAIL, SPRITE // across)
-    canvas = np.full((across * side, across * side, 3), 255, dtype=np.uint8)
-    for start in range(0, len(rows), 256):
-        for place, picture in enumerate(resized(images, rows[start : start + 256], size=side), start):
-            top, left = place // across * side, place % across * side
-            canvas[top : top + side, left : left + side] = picture.movedim(0, 2).numpy()
+    canvas = Image.new("RGB", (across * side, across * side), "white")
+    for start in range(0, len(rows), AT_ONCE):
+        part = rows[start : start + AT_ONCE].tolist()
+        read = images.decode_many(part) if isinstance(images, FileImages) else map(images.decode, part)
+        for place, pixels in enumerate(read, start):
+            if isinstance(pixels, BadImage):
+                continue
+            picture = thumbnail(pixels, side)
+            left, top = place % across * side, place // across * side
+            canvas.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
     file = io.BytesIO()
-    Image.fromarray(canvas).save(file, format="PNG")
+    canvas.save(file, format="PNG")
     return side, file.getvalue()
 
 

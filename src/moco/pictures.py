@@ -1,4 +1,12 @@
-"""Pictures of a run that need its images or its encoder; they lie in its folder, where the report finds them."""
+"""Pictures of a run that need its images or its encoder; they lie in its folder, where the report finds them.
+
+What each shows, in numbers, is beside them in pictures.json.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -7,40 +15,63 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
-from moco.data import ArrayImages, BadImage, FileImages, Images, resized
+from moco.data import ArrayImages, BadImage, FileImages, Images, Splits, resized, some_of
 from moco.embed import features
 from moco.encoder import ImageEncoder
 from moco.evaluate import HeldOut
-from moco.evaluate.health import evenly, two_crops, view_features
+from moco.evaluate.health import two_crops, view_features
 from moco.evaluate.knn import projected
 from moco.figures import (
+    Alike,
     Neighbours,
     Views,
-    apart,
-    coordinates,
     curves,
     embedding_map,
     neighbours,
     save,
     similarities,
+    thumbnail_places,
     views,
 )
+from moco.layout import coordinates
 from moco.run import Run
 from moco.variants import loss_range
 from moco.views import TwoViews, ViewSpec, view_specs
 
+FACTS = "pictures.json"
 NUM_VIEWED, PIXELS = 8, 160
 """Images whose views are drawn, and the most pixels that a side is drawn with."""
 MAX_SEARCHED, NUM_QUERIES, NUM_NEIGHBOURS = 5_000, 5, 5
 """Images that neighbours are looked for among; queries drawn, and neighbours of each at either end."""
-MAX_MAPPED, THUMBNAIL, SIDE = 1_000, 64, 0.042
-"""Points of the map, evenly spaced images of a larger set; pixels of a thumbnail, and its share of the map's side."""
+MAX_MAPPED, THUMBNAIL = 1_000, 48
+"""Points of the map, evenly spaced images of a larger set; pixels of a thumbnail."""
+SIDES = 0.03, 0.08
+"""A thumbnail's share of the map's side, at least and at most: the fewer images, the larger."""
 MAX_COMPARED = 1_000
 """Images whose views are compared with each other."""
 
 
+def draw_start(run: Run, splits: Splits) -> None:
+    """Writes what there is to see before the first step: what is asked about, and views.
+
+    Args:
+        run: whose settings and folder these are.
+        splits: that it trains on, and that answer.
+    """
+
+    def tell() -> None:
+        train, test = splits
+        labelled = train.labels is not None
+        parts = "test" if test is not None and test.labels is not None else "tenth"
+        _tell(run, "images", trained=len(train), asked=parts if labelled else None)
+
+    _each({FACTS: tell, "views.svg": lambda: draw_views(run, splits.train)})
+
+
 def draw_results(run: Run, encoder: ImageEncoder, projector: nn.Module, images: Images, held: HeldOut | None) -> None:
     """Writes all that a trained encoder has to show: curves, neighbours, map, similarities.
+
+    One that cannot be drawn is named in the log, and the others are drawn.
 
     Args:
         run: whose settings and folder these are.
@@ -49,10 +80,32 @@ def draw_results(run: Run, encoder: ImageEncoder, projector: nn.Module, images: 
         images: that it was trained on.
         held: images that are asked about, and among which their neighbours are looked for; None without labels.
     """
-    draw_curves(run)
-    draw_neighbours(run, encoder, *(held or (images, images)))
-    draw_map(run, encoder, images)
-    draw_similarities(run, encoder, projector, images)
+    _each(
+        {
+            "curves.png": lambda: draw_curves(run),
+            "neighbours.svg": lambda: draw_neighbours(run, encoder, *(held or (images, images))),
+            "map.svg": lambda: draw_map(run, encoder, images),
+            "similarities.svg": lambda: draw_similarities(run, encoder, projector, images),
+        }
+    )
+
+
+def _each(drawings: Mapping[str, Callable[[], None]]) -> None:
+    for name, draw in drawings.items():
+        try:
+            draw()
+        except Exception as error:  # a picture is not worth hours of training
+            words = " ".join(str(error).split())
+            logging.getLogger("moco").warning("%s could not be drawn: %s: %s", name, type(error).__name__, words)
+
+
+def _tell(run: Run, picture: str, **facts: Any) -> None:
+    path = run.path / FACTS
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        known = {}
+    run.write_json(FACTS, (known if isinstance(known, dict) else {}) | {picture: facts})
 
 
 def draw_curves(run: Run) -> None:
@@ -73,24 +126,26 @@ def draw_neighbours(run: Run, encoder: ImageEncoder, images: Images, asked: Imag
         images: among which neighbours are looked for.
         asked: from which a few are chosen; the same object if an image may not be its own neighbour.
     """
-    bank = evenly(images, MAX_SEARCHED)
+    bank = some_of(images, MAX_SEARCHED)
     same = asked is images
     asked = bank if same else asked
-    chosen = asked.select(torch.linspace(0, len(asked) - 1, 2 * NUM_QUERIES + 1).long()[1::2])
+    places = torch.linspace(0, len(asked) - 1, 2 * NUM_QUERIES + 1).long()[1::2].unique()
+    chosen = asked.select(places)
     vectors, queries = (
         F.normalize(features(encoder, each, precision=run.config.engine.precision), dim=1) for each in (bank, chosen)
     )
     rows = []
     for number, similarity in enumerate(queries @ vectors.T):
-        order = similarity.argsort(descending=True)[1 if same else 0 :]  # not the query itself
-        near, far = order[:NUM_NEIGHBOURS].tolist(), order[-NUM_NEIGHBOURS:].tolist()
-        titled = [
-            [(_whole(bank, i), f"{_class(bank, i)[:12]} {similarity[i]:.2f}".strip()) for i in part]
-            for part in (near, far)
-        ]
-        rows.append(Neighbours(_whole(chosen, number), _class(chosen, number)[:12], *titled))
+        order = [i for i in similarity.argsort(descending=True).tolist() if not (same and i == int(places[number]))]
+        nearest, farthest = (
+            [Alike(_whole(bank, i), _class(bank, i), float(similarity[i])) for i in part]
+            for part in (order[:NUM_NEIGHBOURS], order[-NUM_NEIGHBOURS:])
+        )
+        rows.append(Neighbours(_whole(chosen, number), _class(chosen, number), nearest, farthest))
+    figure = neighbours(rows)
     for suffix in ("png", "svg"):
-        save(neighbours(rows), run.path / f"neighbours.{suffix}")
+        save(figure, run.path / f"neighbours.{suffix}")
+    _tell(run, "neighbours", asked="same" if same else "other", among=len(bank), total=len(images))
 
 
 def draw_views(run: Run, images: Images) -> None:
@@ -119,22 +174,23 @@ def draw_map(run: Run, encoder: ImageEncoder, images: Images) -> None:
         encoder: of the run, on the device that is to do the work.
         images: any of the run's.
     """
-    shown = evenly(images, MAX_MAPPED)
+    shown = some_of(images, MAX_MAPPED)
     # Which thumbnail is drawn where there is room for one only is left to chance, not to the order of the classes.
     shown = shown.select(torch.randperm(len(shown), generator=torch.Generator().manual_seed(0)))
-    places = coordinates(features(encoder, shown, precision=run.config.engine.precision).numpy())
-    chosen = apart(places, SIDE).tolist()
-    side = min(THUMBNAIL, encoder.input_size)
-    thumbnails = resized(shown, chosen, size=side).movedim(1, 3).numpy()
+    placed = coordinates(features(encoder, shown, precision=run.config.engine.precision).numpy())
+    least, most = SIDES
+    side = min(most, max(least, (0.5 / len(shown)) ** 0.5))
+    chosen = thumbnail_places(placed.xy, side).index.tolist()
+    thumbnails = resized(shown, chosen, size=min(THUMBNAIL, encoder.input_size)).movedim(1, 3).numpy()
     figure = embedding_map(
-        places,
+        placed.xy,
         [_bare(each) for each in thumbnails],
         labels=None if shown.labels is None else shown.labels.numpy(),
         classes=shown.classes or (),
-        title=f"{len(shown):,} images; those that the encoder finds alike lie near each other",
-        side=SIDE,
+        side=side,
     )
     save(figure, run.path / "map.svg")
+    _tell(run, "map", shown=len(shown), total=len(images), drawn=len(chosen), notes=list(placed.notes))
 
 
 def draw_similarities(run: Run, encoder: ImageEncoder, projector: nn.Module, images: Images) -> None:
@@ -147,12 +203,13 @@ def draw_similarities(run: Run, encoder: ImageEncoder, projector: nn.Module, ima
         images: that it trains on.
     """
     made = TwoViews(view_specs(run.config.views), run.config.views.size, run.config.seed)
-    shown = evenly(images, MAX_COMPARED)
+    shown = some_of(images, MAX_COMPARED)
     pair = view_features(encoder, shown, made, precision=run.config.engine.precision)
     x, y = (F.normalize(projected(projector, vectors), dim=1) for vectors in pair)
     cosine = x @ y.T
     other = ~torch.eye(len(cosine), dtype=torch.bool)
     save(similarities(cosine.diagonal().numpy(), cosine[other].numpy()), run.path / "similarities.svg")
+    _tell(run, "similarities", shown=len(shown), total=len(images))
 
 
 def _pair(images: Images, ids: Tensor, made: TwoViews) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ environment.json      versions and machine
 metrics.csv           one row every few steps
 results.json          raw pixels, untrained and trained encoder, side by side
 report.html           all of this on one page; curves.png, views.svg, neighbours.png and .svg, map.svg, similarities.svg
+pictures.json         which images the pictures show, and how many
+explore/              vectors and map that `moco explore` has made
 checkpoints/last.ckpt everything that training goes on from; best.ckpt: where held-out kNN was best
 encoder.safetensors   the trained backbone, and config.json: how to build and feed it
 log.txt               what was said

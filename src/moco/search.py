@@ -1,5 +1,7 @@
-"""The images of a table of embeddings that are most, or least, like a query: exact, by cosine similarity."""
+"""The images of a table of embeddings that are most, or least, like a query, by cosine similarity."""
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +11,17 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from moco.checkpoint import load_encoder
 from moco.data import ArrayImages, BadImage, FileImages, Images, as_images
 from moco.embed import features, fingerprint
 from moco.encoder import ImageEncoder
-from moco.figures import Neighbours, neighbours
-from moco.neighbours import nearest
-from moco.transforms import centred
+from moco.figures import Alike, Neighbours, neighbours
+from moco.ranking import exact, likely
+from moco.transforms import centred, thumbnail
 from moco.vectors import Embeddings, images_of, load, read_meta
 
-MARGINS = 32, 1024
-"""Further rows that are looked at in float64; the larger number where more than the smaller lie at the border."""
-ROUNDING = 1e-5
-"""More than two similarities in float32 can be wrong by together."""
 SHOWN, PIXELS = 5, 160
 """Images of a picture at either end, and the longer side that they are brought to."""
 
@@ -35,10 +32,10 @@ class Found:
 
     Attributes:
         queries: names.
-        rows: of the table, int64 `[queries, k]`.
-        similarities: cosines, float64 `[queries, k]`.
-        paths: names of the rows.
-        labels: class numbers of the rows `[queries, k]`, or None.
+        rows: of the table, int64 `[queries, k]`; -1 at the end of a query that has fewer answers than others.
+        similarities: cosines, float64 `[queries, k]`; not a number where there is no row.
+        paths: names of the rows that there are.
+        labels: class numbers of the rows `[queries, k]`, or None; -1 where there is no row.
         classes: names of the class numbers, or None.
     """
 
@@ -67,7 +64,13 @@ class Asked(NamedTuple):
 
 
 def search(
-    embeddings: Embeddings | str | Path, query: Any, *, k: int = 10, farthest: bool = False, encoder: Any = None
+    embeddings: Embeddings | str | Path,
+    query: Any,
+    *,
+    k: int = 10,
+    farthest: bool = False,
+    approximate: bool = False,
+    encoder: Any = None,
 ) -> Found:
     """The images most similar to others.
 
@@ -77,17 +80,20 @@ def search(
             query that is itself in the table is not among its own answers.
         k: answers to each; fewer if there are fewer images.
         farthest: the least similar instead, the least so first.
+        approximate: by a graph of the table, which is made at the first time and kept in its folder; most answers
+            are those of the exact search, and their similarities are exact. Needs the extra `ann`.
         encoder: of the embeddings, or where it is; not given: the one that they name. Row numbers need none.
 
     Raises:
         ValueError: a query that cannot be read, or an encoder that did not compute these embeddings.
+        ImportError: `approximate` without its extra.
 
     Example:
         >>> moco.search("emb", "cat.jpg", k=3).paths                                         # doctest: +SKIP
         (('photos/cat2.jpg', 'photos/lynx.jpg', 'photos/dog.jpg'),)
     """
     table = load(embeddings) if isinstance(embeddings, str | Path) else embeddings
-    return answer(table, ask(table, query, encoder=encoder), k=k, farthest=farthest)
+    return answer(table, ask(table, query, encoder=encoder), k=k, farthest=farthest, approximate=approximate)
 
 
 def ask(table: Embeddings, query: Any, *, encoder: Any = None) -> Asked:
@@ -113,50 +119,34 @@ def ask(table: Embeddings, query: Any, *, encoder: Any = None) -> Asked:
     return Asked(tuple(names), vectors, own, tuple(pixels))
 
 
-def answer(table: Embeddings, asked: Asked, *, k: int = 10, farthest: bool = False) -> Found:
+def answer(table: Embeddings, asked: Asked, *, k: int = 10, farthest: bool = False, approximate: bool = False) -> Found:
     """As `search`, of queries that have been understood."""
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1")
-    k = min(k, len(table) - bool((asked.own >= 0).any()))
-    rows, similarities = _exact(table.vectors, asked, k, sign=-1 if farthest else 1)
+    if approximate and farthest:
+        raise ValueError("an approximate search finds the most similar; leave out farthest, or approximate")
+    k = min(k, int((len(table) - (asked.own >= 0)).max()))
+    if approximate:
+        ranking = likely(table.vectors, asked.vectors, k, own=asked.own, saved=_graph_of(table))
+    else:
+        ranking = exact(table.vectors, asked.vectors, k, own=asked.own, farthest=farthest)
+    rows = ranking.rows
     return Found(
         queries=asked.names,
         rows=rows,
-        similarities=similarities,
-        paths=tuple(tuple(table.paths[row] for row in each) for each in rows),
-        labels=None if table.labels is None else table.labels[rows],
+        similarities=ranking.similarities,
+        paths=tuple(tuple(table.paths[row] for row in each if row >= 0) for each in rows),
+        labels=None if table.labels is None else np.where(rows < 0, -1, table.labels[rows]),
         classes=table.classes,
     )
 
 
-def _exact(vectors: np.ndarray, asked: Asked, k: int, *, sign: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ranking that float64 gives, equals by row number: float32 finds some more, float64 puts them in order."""
-    rows, similarities = np.empty((len(asked.own), k), np.int64), np.empty((len(asked.own), k))
-    open_, most = np.arange(len(asked.own)), len(vectors) - (asked.own >= 0)
-    for margin in MARGINS:
-        queries = torch.from_numpy(sign * asked.vectors[open_])
-        found = nearest(vectors, queries, k + margin, own=torch.from_numpy(asked.own[open_]))
-        if found.similarity.isnan().any():
-            bad = int(found.index[found.similarity.isnan()][0])
-            raise ValueError(f"the vector of a query or of row {bad} is not finite; the encoder is broken")
-        unsure = []
-        for place, index, similarity in zip(open_, found.index.numpy(), found.similarity.numpy(), strict=True):
-            index = index[: most[place]]
-            cosine = _cosines(asked.vectors[place], vectors[index])
-            order = np.lexsort((index, -sign * cosine))[:k]
-            rows[place], similarities[place] = index[order], cosine[order]
-            if len(index) < most[place] and sign * cosine[order[-1]] - similarity[-1] < ROUNDING:
-                unsure.append(place)
-        open_ = np.array(unsure, dtype=np.int64)
-        if not len(open_):
-            break
-    return rows, similarities
-
-
-def _cosines(query: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    one, many = query.astype(np.float64), vectors.astype(np.float64)
-    length = np.linalg.norm(one) * np.linalg.norm(many, axis=1)
-    return many @ one / np.maximum(length, 1e-300)
+def _graph_of(table: Embeddings) -> Path | None:
+    """Where the graph of an approximate search is kept: another table in the same folder has another."""
+    if table.folder is None:
+        return None
+    settings = read_meta(table.folder).settings.model_dump_json()
+    return table.folder / f"graph-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.usearch"
 
 
 def picture(
@@ -177,8 +167,11 @@ def picture(
     for query, (row, pixels) in enumerate(zip(asked.own.tolist(), asked.pixels, strict=True)):
         sides = [
             [
-                (_small(images, None, index), f"{(table.class_of(index) or '')[:12]} {similarity:.2f}".lstrip())
-                for index, similarity in zip(found.rows[query].tolist(), found.similarities[query], strict=True)
+                Alike(_small(images, None, index), table.class_of(index) or "", similarity)
+                for index, similarity in zip(
+                    found.rows[query].tolist(), found.similarities[query].tolist(), strict=True
+                )
+                if index >= 0
             ]
             for found in (near, far)
         ]
@@ -196,10 +189,7 @@ def _small(images: Images | None, pixels: Tensor | None, row: int) -> np.ndarray
             pixels = None
     if pixels is None:
         return np.full((PIXELS, PIXELS), 128, np.uint8)
-    array = pixels.movedim(0, 2).numpy()
-    small = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    small.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS)
-    return np.asarray(small)
+    return np.asarray(thumbnail(pixels, PIXELS))
 
 
 def _items(query: Any) -> list[Any]:
@@ -215,15 +205,17 @@ def _items(query: Any) -> list[Any]:
 
 def _row(table: Embeddings, item: Any) -> int:
     """Of the table; -1: the query is none of its rows."""
+    if isinstance(item, bool | np.bool_):
+        raise ValueError(f"a query is {item}; expected an image file, a picture or a row number")
     if isinstance(item, int | np.integer):
         if not 0 <= item < len(table):
             raise ValueError(f"row {item} was asked for; expected 0 to {len(table) - 1}")
         return int(item)
     if not isinstance(item, str | Path):
         return -1
-    path, whole = str(item), Path(item).absolute()
+    path, whole, name = str(item), os.path.realpath(item), os.path.basename(os.path.abspath(item))
     for row, known in enumerate(table.paths):
-        if known == path or (known.endswith(whole.name) and Path(known).absolute() == whole):
+        if known == path or (known.endswith(name) and os.path.realpath(known) == whole):
             return row
     return -1
 

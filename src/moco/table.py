@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple, final
 import numpy as np
 
 from moco.run import disk_full_named, write_atomically
-from moco.vectors import HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta, shares
+from moco.vectors import FILES, HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta, shares
 
 try:
     import fcntl
@@ -71,8 +71,7 @@ class Writer:
     def _go_on(self, folder: Path) -> None:
         """Cuts off what was written after the last safe place."""
         _lock(self._files[VECTORS], folder)
-        for partial in folder.glob(f".{META}.*.partial"):  # a killed process had begun to write it
-            partial.unlink(missing_ok=True)
+        _sweep(folder)
         self.meta = read_meta(folder)
         if self.meta.complete:
             raise ValueError(f"{folder} is finished; nothing can be added to it")
@@ -197,9 +196,26 @@ def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> 
         while not _finished(out, meta):
             time.sleep(WAIT)
     if rank == 0:
-        for folder in shares(out):
-            shutil.rmtree(folder)
-        for partial in out.glob(".*.partial"):
+        _remove_shares(out, meta)
+        _sweep(out)
+
+
+def _remove_shares(out: Path, meta: Meta) -> None:
+    """Of this table, and nothing of them but the files that were written."""
+    for folder in shares(out):
+        if (folder / META).is_file() and read_meta(folder).settings != meta.settings:
+            continue
+        _sweep(folder)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody hid something in it
+            folder.rmdir()
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a killed process had begun to write."""
+    for name in FILES:
+        for partial in folder.glob(f".{name}.*.partial"):
             partial.unlink(missing_ok=True)
 
 

@@ -8,6 +8,8 @@ meta.json        encoder, images, settings and versions; while rows are being ad
 
 import csv
 import json
+import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -18,8 +20,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 
 from moco.config import DataConfig
-from moco.data import FileImages, Images, load_data
+from moco.data import DATASETS, FileImages, Images, load_data
+from moco.data.shards import is_shards
 from moco.encoder import ImageEncoder
+from moco.spacing import evenly
 
 FORMAT = 1
 """Of the folder; raised when an older version could not read a newer one rightly."""
@@ -27,6 +31,9 @@ STREAMED = 1e-9
 """GiB of decoded images to hold: none."""
 VECTORS, IMAGES, UNREADABLE, META = "vectors.npy", "images.csv", "unreadable.csv", "meta.json"
 HEADS = {IMAGES: ("path", "label", "class"), UNREADABLE: ("path", "reason")}
+FILES = (VECTORS, *HEADS, META)
+LOOKED_AT = 16
+"""Names of rows by which it is seen whether they are files that are still there."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Meta(_Record):
     encoder_source: Name | None
     """Where the encoder was loaded from, or None."""
     images_source: Name | None
-    """Folder or name of the images, or None if a program handed them over."""
+    """Folder, with its whole path, or name of the images; None if a program handed them over."""
     part: str
     """Which part of the images: `train`, `test`."""
     classes: tuple[Name, ...] | None
@@ -173,23 +180,43 @@ def refuse_unfinished(folder: Path, meta: Meta) -> None:
 
 
 def shares(folder: Path) -> list[Path]:
-    """Folders in which several processes write, or wrote, their shares of a table."""
-    return sorted(folder.glob("share-*-of-*"))
+    """Folders in which several processes write, or wrote, their shares of a table, and in which nothing else is."""
+    named = [each for each in sorted(folder.glob("share-*-of-*")) if re.fullmatch(r"share-\d{5}-of-\d{5}", each.name)]
+    return [each for each in named if each.is_dir() and not each.is_symlink() and _only_known(each)]
+
+
+def _only_known(folder: Path) -> bool:
+    return all(each.name in FILES or each.name.startswith(".") for each in folder.iterdir())
 
 
 def images_of(embeddings: Embeddings) -> Images | None:
-    """The images of the rows where they can still be found: the files of their names, or the named data set."""
+    """The images of the rows where they can still be found: the files of their names, or the named data set.
+
+    Files that are gone since cannot be decoded, the others can.
+    """
     meta = read_meta(embeddings.folder) if embeddings.folder else None
     channels = int(meta.encoder.get("channels", 3)) if meta else 3
-    if embeddings.paths and Path(embeddings.paths[0]).is_file():
-        return FileImages(embeddings.paths, None, None, (), channels)
+    files = FileImages(embeddings.paths, None, None, (), channels)
+    if any(Path(embeddings.paths[row]).is_file() for row in evenly(len(embeddings.paths), LOOKED_AT)):
+        return files
     if meta is None or meta.images_source is None:
         return None
-    found = load_part(meta.images_source, meta.part, channels)
-    place = {path: index for index, path in enumerate(found.paths)}
-    if not all(path in place for path in embeddings.paths):
+    try:
+        found = load_part(meta.images_source, meta.part, channels)
+    except (ValueError, OSError):  # they are not there any more
         return None
-    return found.select([place[path] for path in embeddings.paths])
+    place = {path: index for index, path in enumerate(found.paths)}
+    if all(path in place for path in embeddings.paths):
+        return found.select([place[path] for path in embeddings.paths])
+    return files if isinstance(found, FileImages) and any(path in place for path in embeddings.paths) else None
+
+
+def whole_source(source: str) -> str:
+    """The folder or the shards with their whole path, so that they are found from anywhere; other names as they are."""
+    if source in DATASETS or "://" in source or source.startswith("hf:"):
+        return source
+    path = os.path.abspath(os.path.expanduser(source))
+    return path if os.path.exists(path) or is_shards(path) else source
 
 
 def load_part(source: str, part: str, channels: int) -> Images:

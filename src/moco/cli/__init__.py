@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
-from moco.cli.images import embed, explore, search
+from moco.cli.images import embed, explore, pack, search
 from moco.cli.measure import evaluate, export, report
 from moco.cli.train import doctor, pretrain, recipes
 from moco.console import heard, say
@@ -36,7 +36,7 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
-for _verb in (pretrain, evaluate, embed, search, explore, report, export, recipes, doctor):
+for _verb in (pretrain, evaluate, embed, search, explore, report, export, pack, recipes, doctor):
     app.command(_verb)
 
 

@@ -47,14 +47,13 @@ def embed(
         as_json: Print where everything is as JSON.
     """
     from moco.embed import embed_to
-    from moco.formats import export as convert
-    from moco.formats import refuse_missing
+    from moco.formats import convert, refuse_missing
     from moco.vectors import UNREADABLE, read_meta
 
     refuse_missing(format)
     with working(stderr()) as show:
-        settings = {"part": part, "batch_size": batch_size, "precision": precision}
-        embed_to(out, source, images, **settings, on_progress=partial(show, "features"))
+        count = partial(show, "features")
+        embed_to(out, source, images, part=part, batch_size=batch_size, precision=precision, on_progress=count)
     if int(os.environ.get("RANK", "0")):  # the first of several processes tells
         return
     written, meta = convert(out, format), read_meta(out)
@@ -76,6 +75,7 @@ def search(
     row: list[int] | None = None,
     k: int = 10,
     farthest: Annotated[bool, Parameter(negative="")] = False,
+    approximate: Annotated[bool, Parameter(negative="")] = False,
     duplicates: float | None = None,
     outliers: int | None = None,
     picture: Path | None = None,
@@ -90,6 +90,8 @@ def search(
         row: One or several images of the table, by their row; instead of `--query`.
         k: Answers to each query; neighbours that count for outliers.
         farthest: The least similar instead.
+        approximate: By a graph that the first such search makes and keeps in the folder: for millions of images. It
+            may miss an answer. Needs the extra `ann`.
         duplicates: Instead of a query: groups of images at least as similar as this, such as 0.95.
         outliers: Instead of a query: so many images that are least like their own nearest.
         picture: Also draw each query with those most and least like it, as PNG or SVG.
@@ -98,18 +100,25 @@ def search(
     """
     if sum(given is not None for given in (query or row, duplicates, outliers)) != 1 or (query and row):
         raise ValueError("expected one of --query IMAGE, --row NUMBER, --duplicates SIMILARITY and --outliers COUNT")
-    if picture and not (query or row):
-        raise ValueError("--picture shows answers to a --query or --row; leave it out")
+    for name, given in (("--picture", picture), ("--farthest", farthest), ("--approximate", approximate)):
+        if given and not (query or row):
+            raise ValueError(f"{name} is for answers to a --query or --row; leave it out")
     from moco.vectors import load
 
     table = load(embeddings)
     if query or row:
-        told = _answers(table, query or row, encoder=encoder, k=k, farthest=farthest, picture=picture)
+        told = _answers(
+            table, query or row, encoder=encoder, k=k, farthest=farthest, approximate=approximate, picture=picture
+        )
     elif duplicates is not None:
         told = _groups(table, duplicates)
     else:
         told = _outliers(table, outliers or 0, k)
     columns, rows = told
+    if duplicates is not None and not rows:
+        say(f"No two images are as similar as {duplicates:g}; try a lower threshold.")
+        if not as_json:
+            return
     if as_json:
         print(json.dumps([dict(zip(columns, each, strict=True)) for each in rows], indent=2))
         return
@@ -122,21 +131,34 @@ def search(
 
 
 def _answers(
-    table: "Embeddings", asked_for: Any, *, encoder: str | None, k: int, farthest: bool, picture: Path | None
+    table: "Embeddings",
+    asked_for: Any,
+    *,
+    encoder: str | None,
+    k: int,
+    farthest: bool,
+    approximate: bool,
+    picture: Path | None,
 ) -> Rows:
     from moco.figures import save
     from moco.search import answer, ask
     from moco.search import picture as draw
+    from moco.vectors import images_of
 
     asked = ask(table, asked_for, encoder=encoder)
-    found = answer(table, asked, k=k, farthest=farthest)
+    found = answer(table, asked, k=k, farthest=farthest, approximate=approximate)
     if picture:
-        save(draw(table, asked), picture)
+        images = images_of(table)
+        if images is None:
+            where = f"the first is {table.paths[0]!r}"
+            say(f"The images of the table are not to be found ({where}); the picture shows grey instead.")
+        save(draw(table, asked, images=images), picture)
     answers = zip(found.queries, found.rows.tolist(), found.similarities.tolist(), strict=True)
     return ("query", "similarity", "class", "row", "path"), [
         (name, round(similarity, 4), table.class_of(place) or "", place, table.paths[place])
         for name, places, similarities in answers
         for place, similarity in zip(places, similarities, strict=True)
+        if place >= 0
     ]
 
 
@@ -197,3 +219,38 @@ def explore(
             show(server.url)
         say("Ctrl-C stops it.")
         server.serve_forever()
+
+
+def pack(
+    images: str,
+    out: Path,
+    /,
+    *,
+    shard_size: float = 512.0,
+    workers: int | None = None,
+    max_bad: float = 0.01,
+    as_json: Json = False,
+) -> None:
+    """Pack images into tar shards. However it was stopped, the same command goes on where it was.
+
+    Args:
+        images: Folder of images, other shards, or `hf:NAME`.
+        out: A new folder, or one where this was begun.
+        shard_size: MiB of a shard.
+        workers: Shards written at a time; not given: as many as there are cores.
+        max_bad: Largest fraction of unreadable images that is left out.
+        as_json: Print what was written as JSON.
+    """
+    from moco.pack import pack as write
+
+    with working(stderr()) as show:
+        count = partial(show, "images")
+        packed = write(images, out, shard_size=shard_size, workers=workers, max_bad=max_bad, on_progress=count)
+    if as_json:
+        print(json.dumps(packed._asdict() | {"folder": str(packed.folder)}, indent=2))
+        return
+    size = f"{packed.images:,} images in {packed.shards} shards, {packed.size / 2**30:.3g} GiB"
+    say(f"{packed.folder} holds {size}, read back and compared.")
+    if packed.unreadable:
+        say(f"{len(packed.unreadable):,} files could not be read: pack.json lists them.")
+    say(f"Try next: moco pretrain --data {quote(str(packed.folder))}")

@@ -15,8 +15,8 @@ import socket
 import socketserver
 import sys
 import tempfile
-import threading
 import webbrowser
+from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,6 +37,8 @@ POLICY = (
 )
 LARGEST_UPLOAD = 32 * 2**20
 """Bytes of an image to search by."""
+KEPT = 128
+"""Answers, most of them sheets of thumbnails of some 160 kB, that are kept for the next who asks."""
 STATIC = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")} | {
     f"/{name}": (name, "text/javascript") for name in SCRIPTS
 }
@@ -44,11 +46,12 @@ _LOG = logging.getLogger("moco")
 
 
 class Answer(NamedTuple):
-    """Status, media type and body."""
+    """Status, media type and body; `lasting`: the same for as long as the server runs."""
 
     status: HTTPStatus
     kind: str
     body: bytes
+    lasting: bool = False
 
 
 def serve(atlas: Atlas, *, host: str = "127.0.0.1", port: int = 0) -> "Server":
@@ -95,7 +98,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, atlas: Atlas, host: str, port: int):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
-        self.atlas, self.lock = atlas, threading.Lock()
+        self.atlas, self.respond = atlas, lru_cache(KEPT)(partial(respond, atlas))
+        self.session = f'"{secrets.token_hex(8)}"'
         self.data = json.dumps(page_data(atlas, whole=False), separators=(",", ":")).encode()
         loopback = _is_loopback(self.server_address[0])
         self.token = None if loopback else secrets.token_urlsafe(24)
@@ -104,6 +108,11 @@ class Server(ThreadingHTTPServer):
         everywhere = host in ("0.0.0.0", "::", "")
         shown = f"http://{socket.gethostname() if everywhere else _bracketed(host)}:{number}/"
         self.url = shown if self.token is None else f"{shown}?token={self.token}"
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Until `shutdown`; the warning filters belong to the process, so that they are set once around all threads."""
+        with quiet_pillow():
+            super().serve_forever(poll_interval)
 
     def server_bind(self) -> None:
         """Without looking up a name for the address, which may ask a name server."""
@@ -115,44 +124,40 @@ class Server(ThreadingHTTPServer):
         _LOG.debug("request from %s not answered", client_address, exc_info=True)
 
 
-def answer(atlas: Atlas, lock: threading.Lock, path: str) -> Answer | None:
-    """To a GET of anything but data.json; None: there is no such thing.
+def respond(atlas: Atlas, path: str) -> Answer | None:
+    """To a GET of anything but data.json, inside `quiet_pillow`; None: there is no such thing.
 
     Args:
         atlas: what is shown.
-        lock: held while images are read and vectors compared: reading changes the process's warning filters.
         path: of the address, as it came.
     """
     if path in STATIC:
         name, kind = STATIC[path]
-        return Answer(HTTPStatus.OK, f"{kind}; charset=utf-8", read_page(name).encode())
+        return Answer(HTTPStatus.OK, f"{kind}; charset=utf-8", read_page(name).encode(), lasting=True)
     found = re.fullmatch(r"/(image|sheet|neighbours)/(0|[1-9][0-9]{0,8})", path, re.ASCII)
     if not found or int(found[2]) >= (atlas.num_sheets if found[1] == "sheet" else len(atlas)):
         return None
     number = int(found[2])
-    with lock:
-        if found[1] == "image":
-            try:
-                return Answer(HTTPStatus.OK, *large(atlas.images, number))
-            except BadImage:
-                return None
-        return _json(atlas.sheet(number) if found[1] == "sheet" else atlas.neighbours(number)._asdict())
+    if found[1] == "image":
+        try:
+            return Answer(HTTPStatus.OK, *large(atlas.images, number), lasting=True)
+        except BadImage:
+            return None
+    return _json(atlas.sheet(number) if found[1] == "sheet" else atlas.neighbours(number)._asdict(), lasting=True)
 
 
-def search(atlas: Atlas, lock: threading.Lock, content: bytes) -> Answer:
-    """Neighbours of an image that somebody sends."""
+def search_upload(atlas: Atlas, content: bytes) -> Answer:
+    """Neighbours of an image that somebody sends; inside `quiet_pillow`."""
     if atlas.encoder is None:
         return _plain(HTTPStatus.NOT_FOUND, "The encoder of these embeddings is not at hand.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "image"
         file.write_bytes(content)
-        with lock:
-            try:
-                with quiet_pillow():
-                    pixels = torch.from_numpy(decode(str(file), atlas.encoder.channels))
-            except BadImage as bad:
-                return _plain(HTTPStatus.BAD_REQUEST, f"This cannot be read as an image: {bad.reason}")
-            return _json(atlas.search(pixels)._asdict())
+        try:
+            pixels = torch.from_numpy(decode(str(file), atlas.encoder.channels))
+        except BadImage as bad:
+            return _plain(HTTPStatus.BAD_REQUEST, f"This cannot be read as an image: {bad.reason}")
+        return _json(atlas.search(pixels)._asdict())
 
 
 @final
@@ -169,12 +174,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(HTTPStatus.SEE_OTHER)
             self.send_header("Location", "./")
             self.send_header("Set-Cookie", f"{self._cookie}={token}; HttpOnly; SameSite=Strict; Path=/")
-            self._finish(b"")
+            self._finish(b"", "no-store")
         elif self._allowed():
             if path == "/data.json":
-                self._send(Answer(HTTPStatus.OK, "application/json", self._here.data))
+                self._send(Answer(HTTPStatus.OK, "application/json", self._here.data, lasting=True))
             else:
-                found = answer(self._here.atlas, self._here.lock, path)
+                found = self._here.respond(path)
                 self._send(found or _plain(HTTPStatus.NOT_FOUND, "There is no such thing here."))
 
     def do_POST(self) -> None:
@@ -194,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if not self.rfile.read(2**17):
                     break
         else:
-            self._send(search(self._here.atlas, self._here.lock, self.rfile.read(int(length))))
+            self._send(search_upload(self._here.atlas, self.rfile.read(int(length))))
 
     @property
     def _here(self) -> Server:
@@ -224,31 +229,38 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _send(self, found: Answer) -> None:
-        self.send_response(found.status)
-        self.send_header("Content-Type", found.kind)
-        self._finish(found.body)
+        # Rows mean other images in another session, so that a browser has to ask whether what it keeps still holds.
+        session = self._here.session
+        known = found.lasting and self.headers.get("If-None-Match") == session
+        self.send_response(HTTPStatus.NOT_MODIFIED if known else found.status)
+        if found.lasting:
+            self.send_header("ETag", session)
+        if not known:
+            self.send_header("Content-Type", found.kind)
+        self._finish(None if known else found.body, "private, no-cache" if found.lasting else "no-store")
 
-    def _finish(self, body: bytes) -> None:
+    def _finish(self, body: bytes | None, kept: str) -> None:
         for name, value in (
-            ("Content-Length", str(len(body))),
             ("Content-Security-Policy", POLICY),
             ("Cross-Origin-Resource-Policy", "same-origin"),
             ("X-Content-Type-Options", "nosniff"),
             ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", "no-store"),
+            ("Cache-Control", kept),
         ):
             self.send_header(name, value)
+        if body is not None:
+            self.send_header("Content-Length", str(len(body)))
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body or b"")
 
     def log_message(self, format: str, *args: Any) -> None:
         _LOG.debug(format, *args)
 
 
-def _json(value: Any) -> Answer:
-    return Answer(HTTPStatus.OK, "application/json", json.dumps(value).encode())
+def _json(value: Any, *, lasting: bool = False) -> Answer:
+    return Answer(HTTPStatus.OK, "application/json", json.dumps(value).encode(), lasting)
 
 
 def _plain(status: HTTPStatus, text: str) -> Answer:

@@ -12,14 +12,17 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from moco.checkpoint import load_encoder
-from moco.data import Images, load_data
-from moco.embed import embed, fingerprint
+from moco.data import Images, some_of
+from moco.embed import fingerprint
 from moco.encoder import ImageEncoder
 from moco.engine import choose_accelerator
-from moco.explore.layout import Layout, evenly_spaced, lay_out
+from moco.explore.kept import embedded, laid_out
+from moco.explore.layout import Layout
 from moco.explore.thumbnails import ACROSS, CELL, Sheet, sheet
+from moco.figures import CLASS_COLOURS_DARK, CLASS_COLOURS_LIGHT
 from moco.run import Run
 from moco.search import search
+from moco.spacing import evenly
 from moco.vectors import META, Embeddings, images_of, load, read_meta
 
 NEIGHBOURS = 12
@@ -27,9 +30,8 @@ NEIGHBOURS = 12
 MOST_OF_RUN = 5000
 """Images of a run that are embedded for the page, and most that go into a page of one file."""
 MOST = 100_000
-"""Points that stay smooth."""
-
-Report = Callable[[str, int, int], None]
+"""Points of a map, unless more are asked for."""
+OnProgress = Callable[[str, int, int], None]
 
 
 class Neighbours(NamedTuple):
@@ -88,13 +90,13 @@ def open_atlas(
     *,
     most: int | None = None,
     images: Images | None = None,
-    on_progress: Report | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Atlas:
     """The map of a run's images, or of embeddings.
 
     Args:
-        source: folder of a run, whose training images are embedded; folder that `moco embed` made; or what
-            `moco.embed` gives.
+        source: folder of a run, whose training images are embedded, once, in a folder of the run; folder that `moco
+            embed` made; or what `moco.embed` gives.
         most: images on the map, evenly spaced if there are more; not given: 5,000 of a run, else 100,000.
         images: of the same rows, for embeddings whose paths lead nowhere.
         on_progress: called with what is being done, how much of it is done and how much there is.
@@ -108,10 +110,12 @@ def open_atlas(
         raise ValueError(f"at most {most} images were asked for; expected 1 or more")
     if isinstance(source, Embeddings):
         title, embeddings, total = "Images", *_thinned(source, most or MOST)
-        images = None if images is None else _select(images, total, most or MOST)
+        images = None if images is None else some_of(images, most or MOST)
     elif (Path(source) / "config.yaml").is_file():
         title = Path(source).resolve().name
-        embeddings, images, total = _embedded(Run.open(source), most or MOST_OF_RUN, show)
+        embeddings, images, total = embedded(
+            Run.open(source), most or MOST_OF_RUN, lambda done, total: show("embedding", done, total)
+        )
     elif (Path(source) / META).is_file():
         title = Path(source).resolve().name
         embeddings, total = _thinned(load(source), most or MOST)
@@ -129,7 +133,7 @@ def open_atlas(
     if len(images) != len(embeddings):
         raise ValueError(f"there are {len(images)} images for {len(embeddings)} vectors; expected one for each")
     show("map", 0, 1)
-    layout = lay_out(np.asarray(embeddings.vectors))
+    layout = laid_out(embeddings)
     show("map", 1, 1)
     return Atlas(title, _about(embeddings, total), embeddings, images, layout, embeddings.encoder)
 
@@ -159,6 +163,7 @@ def page_data(atlas: Atlas, *, whole: bool) -> dict[str, Any]:
         "xy": _packed((layout.xy * 65535).round(), "uint16"),
         "cell": CELL,
         "across": ACROSS,
+        "palette": {"light": CLASS_COLOURS_LIGHT, "dark": CLASS_COLOURS_DARK},
         "search": not whole and atlas.encoder is not None,
     }
     if whole:
@@ -178,14 +183,6 @@ def _packed(array: np.ndarray, kind: str) -> tuple[str, str]:
     return f"{name}Array", base64.b64encode(array.astype(np.dtype(kind).newbyteorder("<")).tobytes()).decode()
 
 
-def _embedded(run: Run, most: int, show: Report) -> tuple[Embeddings, Images, int]:
-    encoder = load_encoder(run.path).to(choose_accelerator("auto"))
-    found = load_data(run.config.data).train
-    images = _select(found, len(found), most)
-    embeddings = embed(encoder, images, on_progress=lambda done, total: show("embedding", done, total))
-    return embeddings, images, len(found)
-
-
 def _encoder_of(folder: Path) -> ImageEncoder | None:
     """The encoder that the table names, if it is where it was and still the same."""
     meta = read_meta(folder)
@@ -198,15 +195,11 @@ def _encoder_of(folder: Path) -> ImageEncoder | None:
     return encoder.to(choose_accelerator("auto")) if fingerprint(encoder) == meta.settings.encoder else None
 
 
-def _select(images: Images, total: int, most: int) -> Images:
-    return images if total <= most else images.select(evenly_spaced(total, most).tolist())
-
-
 def _thinned(embeddings: Embeddings, most: int) -> tuple[Embeddings, int]:
     total, labels = len(embeddings), embeddings.labels
     if total <= most:
         return embeddings, total
-    rows = evenly_spaced(total, most)
+    rows = evenly(total, most)
     thinned = replace(
         embeddings,
         vectors=np.asarray(embeddings.vectors[rows]),

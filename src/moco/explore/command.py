@@ -5,25 +5,41 @@ from collections.abc import Mapping
 from typing import Any
 
 from moco.config import PretrainConfig
+from moco.data import DATASETS, GIVEN
 from moco.recipes import load_recipe, recipe_names
 from moco.run import Run
 
 MAX_FLAGS = 20
 """That a command may take; above it the YAML is named."""
+ANY_IMAGES = "YOUR_IMAGES"
+"""In place of a path that only the machine of the run has."""
 
 
 def command(run: Run) -> str:
-    """What trains such an encoder on any machine: the recipe, and a flag for each setting that is not the recipe's."""
+    """What trains such an encoder on any machine: the recipe, and a flag for each setting that is not the recipe's.
+
+    Where that would be too long, or the settings are of no recipe, they have to be at hand as config.yaml
+    (`wants_settings`).
+    """
+    config, changed = run.config, changes(run.config) or {}
+    if wants_settings(run):
+        changed = {} if _anywhere(config.data.source) else {"data.source": (None, config.data.source)}
+    flags = [
+        f"--{name} {ANY_IMAGES if name == 'data.source' and not _anywhere(str(own)) else _flag(own)}"
+        for name, (_, own) in changed.items()
+    ]
+    return " ".join(["moco pretrain", "config.yaml" if wants_settings(run) else config.recipe, *flags])
+
+
+def wants_settings(run: Run) -> bool:
+    """Whether `command` needs the run's settings as config.yaml."""
     changed = changes(run.config)
-    if changed is None or len(changed) > MAX_FLAGS or any(own == [] for _, own in changed.values()):
-        return exact_command(run)
-    flags = (f"--{name} {_flag(own)}" for name, (_, own) in changed.items())
-    return " ".join([f"moco pretrain {run.config.recipe}", *flags])
+    return changed is None or len(changed) > MAX_FLAGS or any(own == [] for _, own in changed.values())
 
 
 def exact_command(run: Run) -> str:
-    """The same with every choice that depends on the machine as it was made."""
-    return f"moco pretrain {shlex.quote(str(run.path / 'config.yaml'))}"
+    """The same here, with every choice that depends on the machine as it was made."""
+    return f"moco pretrain {shlex.quote(str(run.path.resolve() / 'config.yaml'))}"
 
 
 def changes(config: PretrainConfig) -> dict[str, tuple[Any, Any]] | None:
@@ -48,6 +64,11 @@ def flat(config: PretrainConfig) -> dict[str, Any]:
         return found
 
     return walk(config.model_dump(mode="json", exclude={"recipe"}), "")
+
+
+def _anywhere(source: str) -> bool:
+    """Whether images are found under this name on any machine."""
+    return source in (*DATASETS, GIVEN) or source.startswith("hf:") or "://" in source
 
 
 def _flag(value: Any) -> str:

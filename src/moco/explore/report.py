@@ -2,20 +2,22 @@
 
 import logging
 import re
+import shlex
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from moco.config import to_yaml
-from moco.explore.command import changes, command, exact_command, flat
+from moco.explore.command import changes, command, exact_command, flat, wants_settings
+from moco.explore.evaluated import Evaluated
 from moco.explore.summary import TRAINED, Summary
 from moco.figures import DARK, LIGHT, confusion_matrix, curve_panels, overlay, svg
 from moco.figures.theme import colours
@@ -51,17 +53,29 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
-def refresh(run: Run, *, between: float = BETWEEN) -> None:
-    """The same while it is trained: not again within `between` seconds, and never in training's way.
+def refresh(run: Run, *, between: float = BETWEEN, live: bool = True) -> bool:
+    """The same by the process that trains: not again within `between` seconds, and never in training's way.
 
     What goes wrong is said in the log.
+
+    Args:
+        run: in training, finished or stopped.
+        between: seconds since the file was last written; 0: at once.
+        live: the page loads itself again until the run has finished; not so when training stops.
+
+    Returns:
+        Whether it was written.
     """
     path = run.path / "report.html"
     try:
-        if not path.is_file() or time.time() - path.stat().st_mtime >= between:
-            report(run)
+        if between and path.is_file() and time.time() - path.stat().st_mtime < between:
+            return False
+        _write(path, page(run, live=live))
     except Exception as error:  # a page is not worth hours of training
-        logging.getLogger("moco").warning("report.html could not be written: %s", error)
+        words = " ".join(str(error).split())
+        logging.getLogger("moco").warning("report.html could not be written: %s: %s", type(error).__name__, words)
+        return False
+    return True
 
 
 def compare(runs: Sequence[Run | str | Path], out: str | Path = "comparison.html") -> Path:
@@ -85,35 +99,36 @@ def compare(runs: Sequence[Run | str | Path], out: str | Path = "comparison.html
     return Path(out)
 
 
-def page(run: Run) -> str:
-    """The HTML of `report`."""
+def page(run: Run, *, live: bool = False) -> str:
+    """The HTML of `report`; `live`: it is written anew as training goes on."""
     of = Summary(run)
     chance, floor = of.loss_range
     panels = curve_panels(of.rows, chance=chance, floor=floor, baselines=of.baselines) if of.rows else {}
-    evaluations = [
-        {"of": each, "svg": _confusion(each.counts, list(each.per_class), each.name, number)}
-        for number, each in enumerate(of.evaluations)
-    ]
+    drawn = [(each, _confusion(each, number)) for number, each in enumerate(of.evaluations)]
     pictures = of.pictures
     sections = [("what", "What"), ("result", "Result"), ("health", "Health")]
     sections += [("curves", "Curves")] if panels else []
     sections += [(picture.name, picture.heading) for picture in pictures]
     sections += [("numbers", "Numbers")] if of.table else []
     key = [(f"kNN, {who}", of.cell(who, "knn_top1")) for who in (TRAINED, *of.baselines)]
+    changed = changes(run.config)
     return _rendered(
         "report.html.jinja",
         {
             "title": run.path.resolve().name,
-            "refresh": None if of.finished else REFRESH,
+            "refresh": REFRESH if live and not of.finished else None,
             "of": of,
             "key": [(name, cell) for name, cell in key if cell],
             "sections": [*sections, ("again", "Do it again")],
-            "evaluations": evaluations,
+            "evaluations": [each for each in drawn if not each[0].of_health],
+            "checkups": [each for each in drawn if each[0].of_health],
             "curves": [_inline(figure, name, f"curve{n}") for n, (name, figure) in enumerate(panels.items())],
             "pictures": pictures,
-            "changed": changes(run.config),
+            "changed": {name: each for name, each in (changed or {}).items() if name != "data.source"},
             "command": command(run),
+            "wants_settings": wants_settings(run),
             "exact_command": exact_command(run),
+            "resume": f"moco pretrain --resume {shlex.quote(str(run.path.resolve()))}",
             "yaml": to_yaml(run.config),
             "environment": {name: _plain(words) for name, words in of.environment.items()},
         },
@@ -128,16 +143,20 @@ def comparison(runs: Sequence[Run]) -> str:
     rows = {name: of.rows for name, of in zip(names, found, strict=True)}
     columns = list(dict.fromkeys(column for of in found for row in of.table for column in row))
     last = [{column: text for row in of.table for column, text in row.items() if text} for of in found]
-    drawn = {"knn_top1": "kNN accuracy, %", "loss": "InfoNCE loss", "spread": "Spread of the keys"}
+    drawn = {"knn_top1": "kNN accuracy, %", "loss": "InfoNCE loss as a share of chance", "spread": "Spread of the keys"}
     drawn |= {"effective_rank": "Effective rank of the features"} if "effective_rank" in columns else {}
-    curves = [_inline(overlay(rows, column, title=title), title, column) for column, title in drawn.items()]
-    hues = ("blue", "amber", "green", "orange", "sky", "purple", "yellow", "ink")  # as `Theme.classes` has them
+    # Queues of different length have different chance: the losses themselves say little beside each other.
+    units = {"loss": {name: of.loss_range[0] for name, of in zip(names, found, strict=True)}}
+    curves = [
+        _inline(overlay(rows, column, title=title, unit=units.get(column)), title, column)
+        for column, title in drawn.items()
+    ]
     return _rendered(
         "compare.html.jinja",
         {
             "title": f"{len(runs)} runs side by side",
-            "refresh": None if all(of.finished for of in found) else REFRESH,
-            "runs": [(name, of, hues[n % len(hues)]) for n, (name, of) in enumerate(zip(names, found, strict=True))],
+            "refresh": None,
+            "runs": [(name, of, n % len(LIGHT.classes)) for n, (name, of) in enumerate(zip(names, found, strict=True))],
             "measures": {name: words for of in found for name, words in of.measures.items()},
             "settings": {
                 name: [each[name] for each in settings]
@@ -160,11 +179,11 @@ def _names(paths: list[Path]) -> list[str]:
     return [f"{path.name} ({number})" for number, path in enumerate(paths, start=1)]
 
 
-def _confusion(counts: list[list[int]] | None, classes: list[str], name: str, number: int) -> Markup | None:
-    if counts is None or len(counts) < 2:
+def _confusion(of: Evaluated, number: int) -> Markup | None:
+    if of.counts is None:
         return None
-    figure = confusion_matrix(np.asarray(counts), classes, title=name)
-    return _inline(figure, f"Confusion matrix of {name}: which classes are taken for which", f"confusion{number}")
+    figure = confusion_matrix(of.counts, list(of.per_class), title=of.name)
+    return _inline(figure, f"Confusion matrix of {of.name}: which classes are taken for which", f"confusion{number}")
 
 
 def _inline(figure: Figure, label: str, name: str) -> Markup:
@@ -181,7 +200,11 @@ def _plain(value: Any) -> str:
 def _rendered(template: str, content: dict[str, Any]) -> str:
     css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     css += f":root {{ {colours(LIGHT)} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {colours(DARK)} }} }}\n"
-    return _environment().get_template(template).render(content | {"css": Markup(css), "version": _version()})
+    return (
+        _environment()
+        .get_template(template)
+        .render(content | {"css": Markup(css), "version": _version(), "written": datetime.now().astimezone()})
+    )
 
 
 @cache

@@ -6,10 +6,14 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from moco.data.decode import quiet_pillow
 from moco.explore.atlas import Atlas, page_data
 from moco.run import write_atomically
 
-SCRIPTS = ("points.js", "page.js")
+SCRIPTS = tuple(
+    f"{name}.js"
+    for name in ("document", "images", "tints", "points", "thumbnails", "view", "panel", "pointer", "keyboard", "page")
+)
 """Of the page, in the order in which they run."""
 
 
@@ -24,8 +28,9 @@ def save_page(atlas: Atlas, path: str | Path) -> None:
         >>> save_page(open_atlas("runs/first", most=2000), "map.html")                         # doctest: +SKIP
     """
     style, scripts = read_page("page.css"), {name: read_page(name) for name in SCRIPTS}
-    # Every `<` escaped: no name can end the element that it stands in.
-    data = json.dumps(page_data(atlas, whole=True), separators=(",", ":")).replace("<", "\\u003c")
+    with quiet_pillow():
+        data = json.dumps(page_data(atlas, whole=True), separators=(",", ":"))
+    data = data.replace("<", "\\u003c")  # no name can end the element that it stands in
     policy = (
         f"default-src 'none'; script-src {' '.join(map(_hash, scripts.values()))}; style-src {_hash(style)}; "
         "img-src blob: data:; base-uri 'none'; form-action 'none'"

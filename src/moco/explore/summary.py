@@ -1,15 +1,14 @@
 """What the folder of a run says, as words, tables and pictures; nothing is computed anew and no image is read."""
 
-import base64
 import csv
-import json
 import re
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moco.config import PretrainConfig
-from moco.evaluate.health import COLLAPSED_RANK, COLLAPSED_SPREAD
+from moco.explore.evaluated import Evaluated, evaluations, only_numbers, read_json
+from moco.explore.health import health
+from moco.explore.shown import Picture, asked, pictures
 from moco.recipes import recipe_names, recipe_record
 from moco.run import Run
 from moco.variants import loss_range
@@ -20,29 +19,7 @@ MEASURES = {
     "one_label": "one label per class",
     "five_labels": "five labels per class",
 }
-PICTURES = {
-    "views": (
-        "What the model sees",
-        "Each image is cropped and changed in two ways. The encoder learns to tell that two such views belong "
-        "together. If you cannot tell it yourself, the views are too strong.",
-    ),
-    "neighbours": (
-        "Neighbours",
-        "Images that were not trained on, with those that the encoder finds most and least like them; the number is "
-        "the cosine similarity of the features.",
-    ),
-    "map": (
-        "Map",
-        "All images on a plane (t-SNE). Near neighbours mean something; distances between groups, and how large a "
-        "group is, do not.",
-    ),
-    "similarities": (
-        "How alike views are",
-        "Cosine similarity of projections, which is what the loss works on. The less the two heaps overlap, the better "
-        "an image is known by its other view.",
-    ),
-}
-"""Heading and words of each picture that may lie in the folder, as NAME.svg or NAME.png."""
+WITH_ARTICLE = {"untrained encoder": "the untrained encoder", "encoder at the start": "the encoder it started from"}
 MAX_ROWS = 200
 """Rows of metrics.csv that are shown; evenly spaced ones of more, and the last."""
 
@@ -53,26 +30,6 @@ class Cell(NamedTuple):
     text: str
     exact: str
     share: float
-
-
-class Picture(NamedTuple):
-    """A picture of the folder with its heading and words; `source` is a data URI."""
-
-    name: str
-    heading: str
-    words: str
-    source: str
-
-
-class Evaluated(NamedTuple):
-    """One file of `evaluations/`; `counts` as `moco.figures.confusion_matrix` takes them, or None."""
-
-    name: str
-    data: str
-    figures: dict[str, float]
-    per_class: dict[str, float]
-    counts: list[list[int]] | None
-    notes: list[str]
 
 
 class Summary:
@@ -109,10 +66,10 @@ class Summary:
 
     @cached_property
     def results(self) -> dict[str, dict[str, float]]:
-        found = _json(self.run.path / "results.json")
+        found = read_json(self.run.path / "results.json")
         if not isinstance(found, dict):
             return {}
-        return {who: _only_numbers(row) for who, row in found.items() if isinstance(row, dict)}
+        return {who: only_numbers(row) for who, row in found.items() if isinstance(row, dict)}
 
     @property
     def finished(self) -> bool:
@@ -136,7 +93,10 @@ class Summary:
         own = self.results.get(TRAINED, {}).get("knn_top1")
         if own is None or not self.baselines:
             return ""
-        gains = [f"{abs(own - level):.1f} points {_side(own - level)} {who}" for who, level in self.baselines.items()]
+        gains = [
+            f"{abs(own - level):.1f} points {'above' if own >= level else 'below'} {WITH_ARTICLE.get(who, who)}"
+            for who, level in self.baselines.items()
+        ]
         return f"With all labels known, the trained encoder is {' and '.join(gains)}."
 
     @property
@@ -157,7 +117,7 @@ class Summary:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        found = _json(self.run.path / "environment.json")
+        found = read_json(self.run.path / "environment.json")
         return found if isinstance(found, dict) else {}
 
     @cached_property
@@ -180,7 +140,7 @@ class Summary:
         """What was trained on what, in a few lines."""
         config, model = self.config, self.config.model
         images = f"{self.num_images} images of " if self.num_images else ""
-        stem = ", small stem" if model.stem == "small" else ""
+        stem = "" if model.stem == "imagenet" else f", {model.stem} stem"
         start = (
             " from published weights" if model.pretrained else f" from {config.init_from}" if config.init_from else ""
         )
@@ -205,90 +165,24 @@ class Summary:
     @property
     def health(self) -> tuple[str, list[str]]:
         """The state in a word or two, and what the last numbers mean, in sentences."""
-        if not self.rows:
-            return "nothing measured yet", []
-        last = {name: value for row in self.rows for name, value in row.items()}
-        chance, floor = self.loss_range
-        said = []
-        if "loss" in last:
-            said.append(
-                f"The loss is {last['loss']:.2f}; {chance:.2f} would be chance and {floor:.2f} the floor, where views "
-                "of an image agree and all other images are unrelated."
-            )
-        if "pretext_accuracy" in last:
-            said.append(f"Of {last['pretext_accuracy']:.0f} % of the queries the own key was nearest of all.")
-        if "spread" in last:
-            said.append(f"The spread of the keys is {last['spread']:.2f}: 0 is collapsed, 1 even in all directions.")
-        if "effective_rank" in last:
-            said.append(
-                f"The features use about {last['effective_rank']:.0f} directions (effective rank); next to 1 they "
-                "would be collapsed. Compare it between runs on the same images."
-            )
-        if {"alignment", "uniformity"} <= last.keys():
-            said.append(
-                f"Alignment is {last['alignment']:.2f} (0: views of an image look the same to the encoder), uniformity "
-                f"{last['uniformity']:.2f} (0 is collapsed; the lower, the more even)."
-            )
-        collapsed = last.get("spread", 1) < COLLAPSED_SPREAD or last.get("effective_rank", 9) <= COLLAPSED_RANK
-        if collapsed:
-            said.append(
-                "All images look alike to the encoder. If it is past its first epochs: lower --optim.base_lr, raise "
-                "--model.momentum, and leave --model.batchnorm on auto."
-            )
-        return "collapsed" if collapsed else "not collapsed", said
+        return health(self.rows, *self.loss_range)
+
+    @cached_property
+    def evaluations(self) -> list[Evaluated]:
+        return evaluations(self.run.path / "evaluations")
 
     @property
-    def evaluations(self) -> list[Evaluated]:
-        """In the order of their names; a file that is something else is left out."""
-        found = (_evaluated(_json(path)) for path in sorted((self.run.path / "evaluations").glob("*.json")))
-        return [each for each in found if each]
+    def asked(self) -> str:
+        """What the accuracies are of, in a sentence or two."""
+        return asked(self._facts)
 
     @property
     def pictures(self) -> list[Picture]:
-        """Those that lie in the folder, ready to be shown without it."""
-        found = []
-        for name, (heading, words) in PICTURES.items():
-            for ending, kind, start in ((".svg", "svg+xml", b"<svg"), (".png", "png", b"\x89PNG")):
-                path = self.run.path / f"{name}{ending}"
-                content = path.read_bytes() if path.is_file() else b""
-                if content.startswith(start):
-                    source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-                    found.append(Picture(name, heading, words, source))
-                    break
-        return found
+        return pictures(self.run.path, self._facts)
 
-
-def _side(gain: float) -> str:
-    return "above" if gain >= 0 else "below"
-
-
-def _evaluated(found: Any) -> Evaluated | None:
-    try:
-        counts, per_class = found["confusion"], found["per_class"]
-        fits = counts and all(len(row) == len(counts) for row in counts) and len(counts) == len(per_class)
-        whole = fits and all(isinstance(count, int) and count >= 0 for row in counts for count in row)
-        return Evaluated(
-            str(found["name"]),
-            str(found["data"]),
-            _only_numbers(found["figures"]),
-            _only_numbers(per_class),
-            counts if whole else None,
-            [str(note) for note in found["notes"]],
-        )
-    except (AttributeError, KeyError, TypeError):
-        return None
-
-
-def _only_numbers(found: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
-
-
-def _json(path: Path) -> Any:
-    """None of a file that is not there, or not whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
+    @cached_property
+    def _facts(self) -> Any:
+        return read_json(self.run.path / "pictures.json")
 
 
 def _numbers(row: dict[str, str]) -> bool:

@@ -1,15 +1,25 @@
-"""Images as a page shows them: many small ones on one sheet, or one large."""
+"""Images as a page shows them: many small ones on one sheet, or one large.
+
+All of it is called inside `quiet_pillow`, which whoever uses threads enters once around them all.
+"""
 
 import base64
 import io
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypedDict
 
+import torch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from moco.data import BadImage, FileImages, Images
+from moco.data import ArrayImages, BadImage, FileImages, Images
+from moco.data.decode import FORMATS
+from moco.data.members import open_image
+from moco.transforms import pixels_of
 
 CELL = 48
 """Longest side of a thumbnail in pixels."""
@@ -17,7 +27,6 @@ ACROSS = 16
 """Thumbnails in a row of a sheet, and rows."""
 LARGEST = 1024
 """Longest side in pixels of an image shown alone."""
-_AT_ONCE = 16  # at camera size each takes tens of megabytes until it is shrunk
 
 
 class Sheet(TypedDict):
@@ -38,14 +47,11 @@ def sheet(images: Images, rows: Sequence[int]) -> Sheet:
     """
     across = min(ACROSS, len(rows))
     canvas, sizes = Image.new("RGB", (CELL * across, CELL * -(-len(rows) // ACROSS))), []
-    for start in range(0, len(rows), _AT_ONCE):
-        for place, pixels in enumerate(_read(images, rows[start : start + _AT_ONCE]), start):
-            if isinstance(pixels, BadImage):
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for place, picture in enumerate(pool.map(partial(_thumbnail, images), rows)):
+            if picture is None:
                 sizes.append([0, 0])
                 continue
-            picture = _picture(pixels, CELL)
-            times = CELL // max(picture.size)
-            picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
             canvas.paste(picture, (place % ACROSS * CELL, place // ACROSS * CELL))
             sizes.append(list(picture.size))
     buffer = io.BytesIO()
@@ -60,14 +66,38 @@ def large(images: Images, row: int) -> tuple[str, bytes]:
     Raises:
         BadImage: the file cannot be read.
     """
-    picture = _picture(images.decode(row), LARGEST)
+    picture = _read(images, row, LARGEST)
     if max(picture.size) <= 128:
         return "image/png", _encoded(picture, "PNG")
     return "image/jpeg", _encoded(picture, "JPEG")
 
 
-def _read(images: Images, rows: Sequence[int]) -> Sequence[Tensor | BadImage]:
-    return images.decode_many(rows) if isinstance(images, FileImages) else [images.decode(row) for row in rows]
+def _thumbnail(images: Images, row: int) -> Image.Image | None:
+    try:
+        picture = _read(images, row, CELL)
+    except BadImage:
+        return None
+    times = CELL // max(picture.size)
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+
+
+def _read(images: Images, row: int, side: int) -> Image.Image:
+    """An image that fits a square, upright and in colour; a large JPEG is never decoded at its full size."""
+    if isinstance(images, ArrayImages):
+        return _picture(images.decode(row), side)
+    return _picture(_reduced(images, row, 2 * side), side)
+
+
+def _reduced(images: FileImages, row: int, least: int) -> UInt8[Tensor, "c h w"]:
+    path = images.paths[row]
+    try:
+        with open_image(path) as file, Image.open(file, formats=FORMATS) as image:
+            # The decoder of JPEG gives a half, a quarter or an eighth of the size in a fraction of the time.
+            image.draft(None, (least, least))
+            ImageOps.exif_transpose(image, in_place=True)
+            return torch.from_numpy(pixels_of(image, images.channels))
+    except Exception as error:  # what Pillow's readers raise on broken files can be anything
+        raise BadImage(path, f"{type(error).__name__}: {error}") from None
 
 
 def _picture(pixels: UInt8[Tensor, "c h w"], side: int) -> Image.Image:

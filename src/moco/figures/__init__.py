@@ -1,26 +1,22 @@
 """Pictures, each returned as a figure; `save` writes one as PNG or SVG."""
 
-from moco.figures.grids import Neighbours, Views, neighbours, views
+from moco.figures.files import save, svg
+from moco.figures.grids import Alike, Neighbours, Views, neighbours, views
 from moco.figures.lines import curve_panels, curves, overlay, similarities
-from moco.figures.maps import apart, coordinates, embedding_map
+from moco.figures.maps import embedding_map, thumbnail_places
 from moco.figures.matrix import confusion_matrix
-from moco.figures.theme import DARK, LIGHT, Theme, save, svg
-
-BLUE, ORANGE, GREEN, GREY = LIGHT.blue, LIGHT.orange, LIGHT.green, LIGHT.muted
+from moco.figures.theme import CLASS_COLOURS_DARK, CLASS_COLOURS_LIGHT, DARK, LIGHT, Theme
 
 __all__ = [
-    "BLUE",
+    "CLASS_COLOURS_DARK",
+    "CLASS_COLOURS_LIGHT",
     "DARK",
-    "GREEN",
-    "GREY",
     "LIGHT",
-    "ORANGE",
+    "Alike",
     "Neighbours",
     "Theme",
     "Views",
-    "apart",
     "confusion_matrix",
-    "coordinates",
     "curve_panels",
     "curves",
     "embedding_map",
@@ -29,5 +25,6 @@ __all__ = [
     "save",
     "similarities",
     "svg",
+    "thumbnail_places",
     "views",
 ]

@@ -4,22 +4,32 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moco.figures.theme import LIGHT, Theme, blank, plain
+from moco.figures.letters import fitted
+from moco.figures.theme import LIGHT, Theme, blank
 
-CELL, GAP, HEAD, EDGE = 1.0, 0.1, 0.42, 0.12
-"""Side of a picture, room between pictures, the heading's and the margin's, in inches."""
+CELL, GAP, HEAD, EDGE, LINE = 1.0, 0.12, 0.42, 0.12, 0.2
+"""Side of a picture, room between pictures, the heading's, the margin's and a caption's, in inches."""
+LETTERS = 11
+"""Size of captions in points."""
+
+
+class Alike(NamedTuple):
+    """An image and how alike it is; the picture is uint8 `[h, w]` or `[h, w, 3]`."""
+
+    picture: np.ndarray
+    name: str
+    similarity: float
 
 
 class Neighbours(NamedTuple):
-    """One row of the retrieval figure; pictures are uint8 `[h, w]` or `[h, w, 3]`."""
+    """One row of the retrieval figure, images in any order; `query` is uint8 `[h, w]` or `[h, w, 3]`."""
 
     query: np.ndarray
     title: str
-    nearest: list[tuple[np.ndarray, str]]
-    farthest: list[tuple[np.ndarray, str]]
+    nearest: Sequence[Alike]
+    farthest: Sequence[Alike]
 
 
 class Views(NamedTuple):
@@ -32,30 +42,44 @@ class Views(NamedTuple):
 
 
 def neighbours(rows: Sequence[Neighbours], *, theme: Theme = LIGHT) -> Figure:
-    """Each query with the images that the encoder finds most and least like it, and how alike.
+    """Each query with the images that the encoder finds most and least like it, either the most so first.
+
+    The name stands above an image, its similarity below.
 
     Args:
-        rows: one per query, all with equally many neighbours.
+        rows: one per query.
         theme: colours.
     """
-    near, far = len(rows[0].nearest), len(rows[0].farthest)
-    caption, part = 0.24, 0.3
+    found = [
+        (
+            row,
+            sorted(row.nearest, key=lambda each: -each.similarity),
+            sorted(row.farthest, key=lambda each: each.similarity),
+        )
+        for row in rows
+    ]
+    near, far = (max(len(each[side]) for each in found) for side in (1, 2))
+    every = [each for _, *sides in found for side in sides for each in side]
+    above = LINE if any(row.title for row in rows) or any(each.name for each in every) else 0.0
+    part, row_height = 0.3, CELL + above + LINE + GAP
     starts = [0.0, part + CELL + GAP, 2 * part + (1 + near) * (CELL + GAP)]
     width = 2 * EDGE + starts[2] + far * (CELL + GAP) - GAP
-    height = HEAD + EDGE + len(rows) * (CELL + caption + GAP) - GAP
-    figure = blank(width, height, theme, arranged=False)
+    figure = blank(width, HEAD + EDGE + len(rows) * row_height - GAP, theme, arranged=False)
     groups = ("image", 1, theme.ink), ("most similar", near, theme.blue), ("least similar", far, theme.orange)
     for start, (heading, count, colour) in zip(starts, groups, strict=True):
-        middle = EDGE + start + (count * (CELL + GAP) - GAP) / 2
-        figure.text(middle / width, 1 - 0.2 / height, heading, color=colour, ha="center", va="center", fontsize=11)
-    for number, row in enumerate(rows):
-        top = HEAD + number * (CELL + caption + GAP)
-        parts = [(row.query, row.title)], row.nearest, row.farthest
-        for start, pictures, (_, _, colour) in zip(starts, parts, groups, strict=True):
-            for place, (picture, title) in enumerate(pictures):
+        if count:
+            _write(figure, EDGE + start + (count * (CELL + GAP) - GAP) / 2, 0.2, heading, colour, size=12)
+    for number, (row, nearest, farthest) in enumerate(found):
+        top = HEAD + number * row_height
+        _draw(figure, EDGE, top + above, row.query)
+        _write(figure, EDGE + CELL / 2, top + above / 2, _cut(row.title), theme.ink)
+        for start, alike, (_, _, colour) in zip(starts[1:], (nearest, farthest), groups[1:], strict=True):
+            for place, each in enumerate(alike):
                 left = EDGE + start + place * (CELL + GAP)
-                axes = _cell(figure, left, top + caption, picture)
-                axes.set_title(plain(title, 18), fontsize=8.5, color=colour, pad=2.5, parse_math=False)
+                _draw(figure, left, top + above, each.picture)
+                _write(figure, left + CELL / 2, top + above / 2, _cut(each.name), colour)
+                bottom = top + above + CELL + LINE / 2
+                _write(figure, left + CELL / 2, bottom, f"{each.similarity:.2f}", colour)
     return figure
 
 
@@ -67,24 +91,34 @@ def views(columns: Sequence[Views], *, theme: Theme = LIGHT) -> Figure:
         theme: colours.
     """
     side, named = 0.75, any(column.title for column in columns)
-    head = EDGE + (0.24 if named else 0)
+    head = EDGE + (LINE if named else 0)
     width = side + len(columns) * (CELL + GAP) - GAP + EDGE
     height = head + 3 * (CELL + GAP) - GAP + EDGE
     figure = blank(width, height, theme, arranged=False)
     for row, (name, colour) in enumerate((("image", theme.ink), ("view 1", theme.blue), ("view 2", theme.orange))):
-        middle = head + row * (CELL + GAP) + CELL / 2
-        figure.text(
-            (side - 0.12) / width, 1 - middle / height, name, color=colour, ha="right", va="center", fontsize=10
-        )
+        _write(figure, side - GAP, head + row * (CELL + GAP) + CELL / 2, name, colour, to="right")
         for place, column in enumerate(columns):
-            picture = (column.image, column.first, column.second)[row]
-            axes = _cell(figure, side + place * (CELL + GAP), head + row * (CELL + GAP), picture)
+            left = side + place * (CELL + GAP)
+            _draw(figure, left, head + row * (CELL + GAP), (column.image, column.first, column.second)[row])
             if row == 0:
-                axes.set_title(plain(column.title, 14), fontsize=8.5, color=theme.ink, pad=2.5, parse_math=False)
+                _write(figure, left + CELL / 2, head - LINE / 2, _cut(column.title), colour)
     return figure
 
 
-def _cell(figure: Figure, left: float, top: float, picture: np.ndarray) -> Axes:
+def _cut(name: str) -> str:
+    return fitted(name, 72 * (CELL + GAP / 2), LETTERS)
+
+
+def _write(
+    figure: Figure, x: float, y: float, text: str, colour: str, *, size: int = LETTERS, to: str = "center"
+) -> None:
+    """A text in the middle of a line; inches from the left and from the top."""
+    if text:
+        width, height = figure.get_size_inches()
+        figure.text(x / width, 1 - y / height, text, color=colour, ha=to, va="center", fontsize=size, parse_math=False)
+
+
+def _draw(figure: Figure, left: float, top: float, picture: np.ndarray) -> None:
     """A picture in its own proportions, in the middle of a square; lengths in inches."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, 1 - (top + CELL) / height, CELL / width, CELL / height))
@@ -92,4 +126,3 @@ def _cell(figure: Figure, left: float, top: float, picture: np.ndarray) -> Axes:
     smooth = "none" if min(picture.shape[:2]) < 48 else "antialiased"
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation=smooth, aspect="equal")
     axes.set_axis_off()
-    return axes

@@ -1,12 +1,13 @@
 """Numbers over the epochs, and how alike views are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moco.figures.theme import LIGHT, Theme, blank, dress, legend, plain
+from moco.figures.letters import plain
+from moco.figures.theme import LIGHT, Theme, blank, dress, legend
 
 Rows = Sequence[dict[str, float]]
 DASHES = ("dashed", "dotted", "dashdot")
@@ -14,7 +15,7 @@ STROKES = ("solid", "dashed", "dashdot", "dotted")
 
 
 def curves(rows: Rows, *, chance: float, floor: float, baselines: Mapping[str, float], theme: Theme = LIGHT) -> Figure:
-    """Loss, kNN accuracy, similarities and learning rate over the epochs.
+    """Loss, kNN accuracy, similarities, pretext accuracy, and health where it was taken, over the epochs.
 
     Args:
         rows: of metrics.csv.
@@ -23,12 +24,11 @@ def curves(rows: Rows, *, chance: float, floor: float, baselines: Mapping[str, f
         baselines: kNN accuracy in percent of what the encoder has to beat, by name.
         theme: colours.
     """
-    figure = blank(10, 6.4, theme)
-    loss, knn, similarity, rate = figure.subplots(2, 2).flat
-    _draw_loss(loss, rows, chance, floor, theme)
-    _draw_knn(knn, rows, baselines, theme)
-    _draw_similarity(similarity, rows, theme)
-    _draw_pretext(rate, rows, theme)
+    drawings = _panels(rows, chance, floor, baselines, theme)
+    high = -(-len(drawings) // 2)
+    figure = blank(10, 3.2 * high, theme)
+    for axes, draw in zip(figure.subplots(high, 2, squeeze=False).flat, drawings.values(), strict=True):
+        draw(axes)
     return figure
 
 
@@ -37,50 +37,59 @@ def curve_panels(
 ) -> dict[str, Figure]:
     """The same, each a figure of its own that a narrow screen can show; by name. Arguments as of `curves`."""
     panels: dict[str, Figure] = {}
-
-    def panel(name: str) -> Axes:
+    for name, draw in _panels(rows, chance, floor, baselines, theme).items():
         panels[name] = blank(4.6, 3.0, theme)
-        return panels[name].subplots()
-
-    _draw_loss(panel("loss"), rows, chance, floor, theme)
-    _draw_knn(panel("kNN accuracy"), rows, baselines, theme)
-    _draw_similarity(panel("similarities"), rows, theme)
-    _draw_pretext(panel("pretext accuracy and learning rate"), rows, theme)
-    if any("effective_rank" in row for row in rows):
-        axes = panel("effective rank")
-        _line(axes, rows, "effective_rank", theme.blue, "effective rank")
-        dress(axes, theme, title="Effective rank of the features")
-        _over_epochs(axes, theme)
-    if any("uniformity" in row for row in rows):
-        axes = panel("alignment and uniformity")
-        _line(axes, rows, "alignment", theme.blue, "alignment: 0 if views do not matter")
-        _line(axes, rows, "uniformity", theme.orange, "uniformity: the lower, the more even")
-        legend(axes, theme)
-        dress(axes, theme, title="Alignment and uniformity")
-        _over_epochs(axes, theme)
+        draw(panels[name].subplots())
     return panels
 
 
-def overlay(runs: Mapping[str, Rows], column: str, *, title: str, theme: Theme = LIGHT) -> Figure:
+def _panels(
+    rows: Rows, chance: float, floor: float, baselines: Mapping[str, float], theme: Theme
+) -> dict[str, Callable[[Axes], None]]:
+    """What draws each, by name: four, or six."""
+    found: dict[str, Callable[[Axes], None]] = {
+        "loss": lambda axes: _draw_loss(axes, rows, chance, floor, theme),
+        "kNN accuracy": lambda axes: _draw_knn(axes, rows, baselines, theme),
+        "similarities": lambda axes: _draw_similarity(axes, rows, theme),
+        "pretext accuracy and learning rate": lambda axes: _draw_pretext(axes, rows, theme),
+    }
+    if any("effective_rank" in row for row in rows):
+        found["effective rank"] = lambda axes: _draw_rank(axes, rows, theme)
+        found["alignment and uniformity"] = lambda axes: _draw_evenness(axes, rows, theme)
+    return found
+
+
+def overlay(
+    runs: Mapping[str, Rows],
+    column: str,
+    *,
+    title: str,
+    unit: Mapping[str, float] | None = None,
+    theme: Theme = LIGHT,
+) -> Figure:
     """One column of metrics.csv of several runs over the epochs.
 
     Args:
         runs: rows by the name of the run.
         column: that is drawn; a run without it is left out.
         title: of the figure.
+        unit: what a run's values are divided by, by its name; 1 is then a level line.
         theme: colours.
     """
     figure = blank(5.2, 3.4, theme)
     axes = figure.subplots()
     drawn = 0
     for number, (name, rows) in enumerate(runs.items()):
-        colour = theme.classes[number % len(theme.classes)]
         stroke = STROKES[number // len(theme.classes) % len(STROKES)]
         shown = plain(name, 30)
         shown = f" {shown}" if shown.startswith("_") else shown  # else it would be left out of the legend
-        drawn += _line(axes, rows, column, colour, shown, stroke=stroke)
+        if unit:
+            rows = [row | {column: row[column] / unit[name]} for row in rows if column in row]
+        drawn += _line(axes, rows, column, theme.classes[number % len(theme.classes)], shown, stroke=stroke)
     if drawn:
         legend(axes, theme)
+        if unit:
+            _level(axes, 1.0, "chance", theme)
     else:
         _say(axes, "nothing measured", theme)
     dress(axes, theme, title=title)
@@ -121,10 +130,7 @@ def similarities(positive: np.ndarray, negative: np.ndarray, *, theme: Theme = L
 def _draw_loss(axes: Axes, rows: Rows, chance: float, floor: float, theme: Theme) -> None:
     _line(axes, rows, "loss", theme.blue, "loss")
     for level, name in ((chance, "chance"), (floor, "floor")):
-        axes.axhline(level, color=theme.muted, linewidth=1, linestyle="dotted")
-        axes.annotate(
-            name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=theme.muted, fontsize=9
-        )
+        _level(axes, level, name, theme)
     dress(axes, theme, title="InfoNCE loss")
     _over_epochs(axes, theme)
     axes.margins(y=0.12)
@@ -164,6 +170,26 @@ def _draw_pretext(axes: Axes, rows: Rows, theme: Theme) -> None:
     dress(other, theme)
     other.set_title("learning rate", loc="right", color=theme.orange, fontsize=11)
     other.set_ylim(bottom=0)
+
+
+def _draw_rank(axes: Axes, rows: Rows, theme: Theme) -> None:
+    _line(axes, rows, "effective_rank", theme.blue, "effective rank")
+    dress(axes, theme, title="Effective rank of the features")
+    _over_epochs(axes, theme)
+
+
+def _draw_evenness(axes: Axes, rows: Rows, theme: Theme) -> None:
+    _line(axes, rows, "alignment", theme.blue, "alignment: 0 if views do not matter")
+    _line(axes, rows, "uniformity", theme.orange, "uniformity: the lower, the more even")
+    legend(axes, theme)
+    dress(axes, theme, title="Alignment and uniformity")
+    _over_epochs(axes, theme)
+
+
+def _level(axes: Axes, level: float, name: str, theme: Theme) -> None:
+    axes.axhline(level, color=theme.muted, linewidth=1, linestyle="dotted")
+    place = ("axes fraction", "data")
+    axes.annotate(name, (1, level), xycoords=place, ha="right", va="bottom", color=theme.muted, fontsize=9)
 
 
 def _line(axes: Axes, rows: Rows, name: str, colour: str, label: str, stroke: str = "solid") -> bool:

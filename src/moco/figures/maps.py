@@ -1,68 +1,54 @@
 """All images on a plane, those alike near each other."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int64
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from moco.figures.theme import LIGHT, Theme, blank, plain
+from moco.figures.letters import fitted, measured
+from moco.figures.theme import LIGHT, Theme, blank
 
-MAX_COLOURED = 20
-"""Classes up to which points are coloured."""
-MAX_ITER = 500
-"""Steps of t-SNE, of which 250 are its early exaggeration: half as many as usual, for a picture as good to the eye."""
-
-
-def coordinates(vectors: np.ndarray, *, method: Literal["tsne", "pca"] = "tsne", seed: int = 0) -> np.ndarray:
-    """Places on a plane, `[n, 2]` float32 between 0 and 1, at which vectors of similar direction lie near each other.
-
-    The vectors are brought to unit length and to their first 50 principal components; t-SNE (van der Maaten and Hinton
-    2008) starts from the first two. With fewer than 10 vectors it is these two.
-
-    Args:
-        vectors: `[n, d]`, n at least 1.
-        method: `tsne`, or `pca`: the first two principal components alone.
-        seed: of t-SNE.
-    """
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    number, dims = unit.shape
-    kept = min(50, number, dims)
-    # Equal vectors have no direction to spread along: they stay together at 0.
-    spread = float(np.ptp(unit, axis=0).max()) > 1e-7
-    places = np.zeros((number, 2), dtype=np.float32)
-    if spread:
-        reduced = PCA(n_components=kept, svd_solver="full", random_state=seed).fit_transform(unit.astype(np.float64))
-        places[:, : min(2, kept)] = reduced[:, :2]
-        if method == "tsne" and number >= 10 and kept >= 2:
-            start = places / max(float(places[:, 0].std()), 1e-12) * 1e-4
-            perplexity = min(30.0, (number - 1) / 3)
-            mapping = TSNE(init=start, perplexity=perplexity, random_state=seed, n_jobs=1, max_iter=MAX_ITER)
-            places = mapping.fit_transform(reduced).astype(np.float32)
-    low, high = places.min(axis=0), places.max(axis=0)
-    side = max(float((high - low).max()), 1e-12)
-    return ((places - (low + high) / 2) / side + 0.5).astype(np.float32)
+MAX_NAMED = 20
+"""Classes up to which points are coloured, as far as there are colours, and classes named."""
+WIDTH, LETTERS = 8.6, 11
+"""Of the figure in inches, and of a name in points."""
+AROUND = 0.16
+"""Room for names around the points, as a share of their extent; what is not needed is cut off."""
 
 
-def apart(places: np.ndarray, side: float) -> np.ndarray:
-    """Which of the points can bear a square of this side so that no two squares overlap: earlier ones first.
+class Thumbnails(NamedTuple):
+    """Points that have a thumbnail, in the order of the points, and where the middle of each stands."""
+
+    index: Int64[np.ndarray, " m"]
+    xy: Float[np.ndarray, "m 2"]
+
+
+def thumbnail_places(places: np.ndarray, side: float) -> Thumbnails:
+    """Thumbnails in squares of a grid, at most one each: in the point's own, or in one that touches it.
 
     Args:
-        places: `[n, 2]`.
-        side: in the same unit.
-
-    Returns:
-        Indices, in ascending order.
+        places: `[n, 2]`; of several points for one square the first has it.
+        side: of a square, in the same unit.
     """
-    chosen: list[int] = []
-    for number, place in enumerate(places):
-        if not chosen or float(np.abs(places[chosen] - place).max(axis=1).min()) >= side:
-            chosen.append(number)
-    return np.asarray(chosen, dtype=np.int64)
+    taken: dict[tuple[int, int], int] = {}
+    left = []
+    squares = np.floor(places / side).astype(int)
+    for number, (column, row) in enumerate(squares.tolist()):
+        if taken.setdefault((column, row), number) != number:
+            left.append(number)
+    for number in left:
+        column, row = squares[number].tolist()
+        around = [(column + i, row + j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (column + i, row + j) not in taken]
+        if around:
+            middles = (np.asarray(around) + 0.5) * side
+            taken[around[int(np.linalg.norm(middles - places[number], axis=1).argmin())]] = number
+    order = sorted((number, square) for square, number in taken.items())
+    index = np.asarray([number for number, _ in order], dtype=np.int64)
+    return Thumbnails(index, (np.asarray([square for _, square in order], dtype=float) + 0.5) * side)
 
 
 def embedding_map(
@@ -72,64 +58,98 @@ def embedding_map(
     labels: np.ndarray | None = None,
     classes: Sequence[str] = (),
     title: str = "",
-    side: float = 0.042,
+    side: float = 0.03,
     theme: Theme = LIGHT,
 ) -> Figure:
     """Every image as a point, and as a thumbnail where there is room for one.
 
     Args:
-        places: `[n, 2]` between 0 and 1, as `coordinates` gives.
-        pictures: of the points that `apart(places, side)` chooses, in that order; uint8 `[h, w]` or `[h, w, 3]`.
-        labels: class number of each image; points and frames are then coloured, and each class named where most of it
-            lies, if there are at most 20.
+        places: `[n, 2]` between 0 and 1, as `moco.layout.coordinates` gives.
+        pictures: of the points that `thumbnail_places` chooses, in that order; uint8 `[h, w]` or `[h, w, 3]`.
+        labels: class number of each image, if there are at most 20: points and frames are then coloured, those of
+            classes that no colour is left for grey, and each class is named beside where most of it lies.
         classes: names of the class numbers.
         title: of the figure.
         side: of a thumbnail with its frame.
         theme: colours.
     """
-    figure = blank(8.0, 8.3, theme)
-    axes = figure.subplots()
+    shown = thumbnail_places(places, side)
+    named = labels is not None and len(np.unique(labels)) <= MAX_NAMED
+    shades = np.asarray([theme.of_class(int(label)) if named else theme.muted for label in _labels(labels, places)])
+    corners = np.concatenate([shown.xy - side / 2, shown.xy + side / 2, places])
+    names = _names(places, shown, labels, classes, side) if labels is not None and named else []
+    boxes = np.asarray([box for _, _, _, box in names]).reshape(-1, 2)
+    low, high = (edge(np.concatenate([corners, boxes]), axis=0) for edge in (np.min, np.max))
+    low, high = low - side / 2, high + side / 2
+    high = np.maximum(high, low + 0.3)
+    head = 0.34 if title else 0.0
+    body = WIDTH * float((high[1] - low[1]) / (high[0] - low[0]))
+    figure = blank(WIDTH, body + head, theme, arranged=False)
+    axes = figure.add_axes((0, 0, 1, body / (body + head)))
     axes.set_axis_off()
-    coloured = labels is not None and len(np.unique(labels)) <= MAX_COLOURED
-    palette = np.asarray(theme.classes)
-    shades = palette[labels % len(palette)] if labels is not None and coloured else np.full(len(places), theme.muted)
-    axes.scatter(places[:, 0], places[:, 1], s=7, c=shades, linewidths=0, alpha=0.65)
-    chosen = apart(places, side)
-    for number, picture in zip(chosen, pictures, strict=True):
-        x, y = map(float, places[number])
-        height, width = picture.shape[:2]
-        across, up = (0.43 * side * length / max(height, width) for length in (width, height))
-        smooth = "none" if min(height, width) < 32 else "antialiased"
-        extent = (x - across, x + across, y - up, y + up)
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=smooth, zorder=2)
-        frame = Rectangle((x - across, y - up), 2 * across, 2 * up, fill=False, linewidth=1.6, zorder=3)
-        frame.set_edgecolor(str(shades[number]))
-        axes.add_patch(frame)
-    if labels is not None and coloured:
-        named: list[tuple[float, float, int]] = []
-        for label in np.unique(labels):
-            name = plain(classes[label] if label < len(classes) else str(label), 18)
-            x, y = _free(places[labels == label], len(name), named)
-            named.append((x, y, len(name)))
-            style = {
-                "boxstyle": "round,pad=0.3",
-                "facecolor": theme.paper,
-                "edgecolor": str(palette[label % len(palette)]),
-            }
-            text = axes.text(x, y, name, ha="center", va="center", fontsize=9.5, weight="bold", bbox=style, zorder=4)
-            text.set(color=theme.ink, parse_math=False)
-    axes.set(xlim=(-side, 1 + side), ylim=(-side, 1 + side), aspect="equal")
-    axes.set_title(plain(title, 90), loc="left", color=theme.ink, fontsize=11, parse_math=False)
+    axes.scatter(places[:, 0], places[:, 1], s=9, c=shades, linewidths=0, alpha=0.75)
+    for number, (x, y), picture in zip(shown.index, shown.xy.tolist(), pictures, strict=True):
+        _draw(axes, picture, x, y, side, str(shades[number]))
+    for name, label, anchor, box in names:
+        (left, bottom), (right, top) = box
+        x, y, colour = (left + right) / 2, (bottom + top) / 2, theme.of_class(label)
+        axes.plot([anchor[0], x], [anchor[1], y], color=colour, linewidth=1.2, zorder=4)
+        style = {"boxstyle": "round,pad=0.25", "facecolor": theme.paper, "edgecolor": colour, "linewidth": 1.4}
+        text = axes.text(x, y, name, ha="center", va="center", fontsize=LETTERS, bbox=style, zorder=5)
+        text.set(color=theme.ink, parse_math=False)
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    if title:
+        words = fitted(title, 72 * WIDTH - 12, LETTERS)
+        y = 1 - 0.17 / (body + head)
+        figure.text(0.01, y, words, color=theme.ink, va="center", fontsize=LETTERS, parse_math=False)
     return figure
 
 
-def _free(places: np.ndarray, letters: int, taken: list[tuple[float, float, int]]) -> tuple[float, float]:
-    """Where a name stands: the point with most others of its kind around it at which it covers no other name."""
-    distance = np.linalg.norm(places[:, None] - places[None, :200], axis=2)
-    order = np.median(distance, axis=1).argsort()
-    for x, y in places[order].tolist():
-        # A letter is about 0.011 of the map's width, a line 0.035 of its height.
-        if all(abs(y - v) > 0.035 or abs(x - u) > 0.0055 * (letters + n) + 0.02 for u, v, n in taken):
-            return x, y
-    x, y = places[order[0]].tolist()
-    return x, y
+def _labels(labels: np.ndarray | None, places: np.ndarray) -> np.ndarray:
+    return np.full(len(places), -1) if labels is None else labels
+
+
+def _draw(axes: Axes, picture: np.ndarray, x: float, y: float, side: float, colour: str) -> None:
+    height, width = picture.shape[:2]
+    across, up = (0.45 * side * length / max(height, width) for length in (width, height))
+    smooth = "none" if min(height, width) < 32 else "antialiased"
+    extent = (x - across, x + across, y - up, y + up)
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=smooth, zorder=2)
+    frame = Rectangle((x - across, y - up), 2 * across, 2 * up, fill=False, linewidth=1.3, zorder=3)
+    frame.set_edgecolor(colour)
+    axes.add_patch(frame)
+
+
+Name = tuple[str, int, tuple[float, float], tuple[tuple[float, float], tuple[float, float]]]
+
+
+def _names(
+    places: np.ndarray, shown: Thumbnails, labels: np.ndarray, classes: Sequence[str], side: float
+) -> list[Name]:
+    """Each class: its name, number, where most of it lies, and the corners of the nearest free room for the name."""
+    step = side / 2
+    unit = 72 * WIDTH / (1 + 2 * AROUND)  # points to a unit of the map, or more
+    start = np.minimum(shown.xy.min(axis=0), places.min(axis=0)) - AROUND - side
+    end = np.maximum(shown.xy.max(axis=0), places.max(axis=0)) + AROUND + side
+    taken = np.zeros(np.ceil((end - start) / step).astype(int) + 1, dtype=bool)
+    for low in np.floor((shown.xy - side / 2 - start) / step + 0.5).astype(int).tolist():
+        taken[low[0] : low[0] + 2, low[1] : low[1] + 2] = True
+    found: list[Name] = []
+    numbers, counts = np.unique(labels, return_counts=True)
+    for label in numbers[np.argsort(-counts, kind="stable")].tolist():
+        name = fitted(classes[label] if 0 <= label < len(classes) else str(label), 150, LETTERS)
+        own = places[labels == label]
+        distance = np.linalg.norm(own[:, None] - own[None, :200], axis=2)
+        anchor = own[np.median(distance, axis=1).argmin()]
+        size = np.asarray([measured(name, LETTERS) + 1.2 * LETTERS, 2.0 * LETTERS]) / unit
+        across, up = np.minimum(np.ceil(size / step).astype(int), taken.shape)
+        total = np.pad(taken.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+        inside = total[across:, up:] - total[:-across, up:] - total[across:, :-up] + total[:-across, :-up]
+        columns, rows = np.nonzero(inside == inside.min())
+        middles = start + step * (np.stack([columns, rows], axis=1) + np.asarray([across, up]) / 2)
+        best = int(np.linalg.norm(middles - anchor, axis=1).argmin())
+        taken[columns[best] : columns[best] + across, rows[best] : rows[best] + up] = True
+        (x, y), (wide, high) = middles[best].tolist(), size.tolist()
+        box = (x - wide / 2, y - high / 2), (x + wide / 2, y + high / 2)
+        found.append((name, label, (float(anchor[0]), float(anchor[1])), box))
+    return sorted(found, key=lambda each: each[1])

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from moco.figures.theme import LIGHT, Theme, blank, dress, plain
+from moco.figures.letters import plain
+from moco.figures.theme import LIGHT, Theme, blank, dress
 
 MAX_NAMED, MAX_NUMBERED = 40, 20
 """Classes up to which they are named, and cells bear numbers."""

@@ -1,12 +1,13 @@
-// Draws all points of the map: by WebGL in one call, or on a plain canvas where there is none. A scene has
+// Draws the points of the map: by WebGL in one call, or on a plain canvas where there is none. A scene has
 //   xy       x and y of each point in turn, in units of the map
 //   colours  red, green, blue and opacity of each point in turn; after a change, call `colours()`
-//   order    all points, as they come forward
+//   order    all points, as they come forward: the first of them lie evenly over the map
+//            (`paint` takes how many of them are drawn)
 //   view     the point of the map in the middle (x, y), CSS pixels per unit (scale), size in CSS pixels (width, height),
 //            and screen pixels to a CSS pixel (ratio)
 "use strict";
 const Points = {
-  webgl(canvas, { xy, colours, view }) {
+  webgl(canvas, { xy, colours, order, view }) {
     const gl = canvas.getContext("webgl", { antialias: false });
     if (!gl) return null;
     const program = gl.createProgram();
@@ -36,7 +37,10 @@ const Points = {
       gl.enableVertexAttribArray(place);
       gl.vertexAttribPointer(place, length, type, type === gl.UNSIGNED_BYTE, 0, 0);
     };
-    attribute("place", 2, gl.FLOAT, xy);
+    const places = new Float32Array(xy.length), shades = new Uint32Array(order.length);
+    const packed = new Uint32Array(colours.buffer);
+    order.forEach((row, i) => { places[2 * i] = xy[2 * row]; places[2 * i + 1] = xy[2 * row + 1]; });
+    attribute("place", 2, gl.FLOAT, places);
     attribute("colour", 4, gl.UNSIGNED_BYTE, null); // stays bound: `colours` fills it
     gl.enable(gl.BLEND);
     gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
@@ -44,14 +48,17 @@ const Points = {
     const [middle, zoomed, size] = ["middle", "zoom", "size"].map(uniform);
     return {
       kind: "webgl",
-      colours: () => gl.bufferData(gl.ARRAY_BUFFER, colours, gl.DYNAMIC_DRAW),
-      paint: (diameter) => {
+      colours: () => {
+        order.forEach((row, i) => { shades[i] = packed[row]; });
+        gl.bufferData(gl.ARRAY_BUFFER, shades, gl.DYNAMIC_DRAW);
+      },
+      paint: (diameter, most) => {
         gl.viewport(0, 0, canvas.width, canvas.height);
         gl.uniform2f(middle, view.x, view.y);
         gl.uniform2f(zoomed, 2 * view.scale / view.width, -2 * view.scale / view.height);
         gl.uniform1f(size, diameter * view.ratio);
         gl.clear(gl.COLOR_BUFFER_BIT);
-        gl.drawArrays(gl.POINTS, 0, xy.length / 2);
+        gl.drawArrays(gl.POINTS, 0, most);
       },
     };
   },
@@ -61,8 +68,8 @@ const Points = {
     return {
       kind: "canvas",
       colours: () => { sorted = order.slice().sort((a, b) => packed[a] - packed[b]); },
-      paint: (diameter) => {
-        const { width, height, ratio, scale } = view, N = order.length;
+      paint: (diameter, most) => {
+        const { width, height, ratio, scale } = view, N = order.length, step = Math.ceil(N / most);
         const left = width / 2 - view.x * scale, top = height / 2 - view.y * scale;
         context.setTransform(ratio, 0, 0, ratio, 0, 0);
         context.clearRect(0, 0, width, height);
@@ -71,6 +78,7 @@ const Points = {
           context.fillStyle = `rgba(${colours[at]},${colours[at + 1]},${colours[at + 2]},${colours[at + 3] / 255})`;
           context.beginPath();
           for (; i < N && packed[sorted[i]] === shade; i++) {
+            if (i % step) continue;
             const x = xy[2 * sorted[i]] * scale + left, y = xy[2 * sorted[i] + 1] * scale + top;
             if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
             if (N > 20000) context.rect(x - diameter / 2, y - diameter / 2, diameter, diameter);

@@ -1,0 +1,105 @@
+"""Names of files and classes as they can be drawn: no control characters, not too wide, in fonts that have them."""
+
+import logging
+import re
+import warnings
+from functools import cache
+
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
+from matplotlib.textpath import TextToPath
+
+OWN = "DejaVu Sans"
+"""The font that comes with matplotlib: Latin, Greek, Cyrillic, Arabic, Hebrew and more."""
+WIDE = re.compile(
+    r"CJK|Noto Sans|Source Han|Droid Sans Fallback|WenQuanYi|Unifont|Hiragino|PingFang|Heiti|Yu Gothic|Meiryo"
+    r"|MS Gothic|YaHei|SimHei|SimSun|JhengHei|Malgun|Nanum|Apple SD Gothic|IPA.*Gothic|TakaoGothic|VL Gothic"
+    r"|Arial Unicode|FreeSans|Nirmala|Mangal|Lohit|Leelawadee|Thonburi|Loma|Code2000",
+    re.IGNORECASE,
+)
+"""Fonts with letters that it lacks, as systems call them."""
+
+
+def plain(text: str, most: int = 60) -> str:
+    """A name as it can be drawn: without control characters, and not too long."""
+    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def fitted(text: str, width: float, size: float) -> str:
+    """As much of a name as is no wider than `width`, in points, at a font size."""
+    shown = plain(text, 200)
+    if measured(shown, size) <= width:
+        return shown
+    low, high = 0, len(shown) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if measured(shown[:middle].rstrip() + "…", size) <= width else (low, middle - 1)
+    return shown[:low].rstrip() + "…"
+
+
+def measured(text: str, size: float) -> float:
+    """Width of a text in points."""
+    if not text:
+        return 0.0
+    font = FontProperties(family=families(text), size=size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it has been said
+        return float(TextToPath().get_text_width_height_descent(text, font, False)[0])
+
+
+def families(text: str) -> list[str]:
+    """Fonts that have the letters of a text between them, as far as any that is installed has."""
+    missing, found = _lacking(text, [OWN]), [OWN]
+    for name in _wide() if missing else ():
+        if missing & _letters(name):
+            found.append(name)
+            missing -= _letters(name)
+    return found
+
+
+def lettered(figure: Figure, *, painted: bool) -> None:
+    """Gives each text of a figure the fonts that it needs.
+
+    Args:
+        figure: any.
+        painted: its letters become pixels. What no font has is then said, once, in the log.
+    """
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        words = text.get_text()
+        needed = families(words)
+        if len(needed) > 1:
+            text.set_fontfamily(needed)
+        if painted and _lacking(words, needed):
+            _say_once()
+
+
+def _lacking(text: str, names: list[str]) -> set[int]:
+    letters = {ord(letter) for letter in text if letter.isprintable()}
+    return letters.difference(*map(_letters, names)) if letters else letters
+
+
+@cache
+def _wide() -> tuple[str, ...]:
+    names = {entry.name for entry in font_manager.fontManager.ttflist if WIDE.search(entry.name)}
+    return tuple(sorted(names, key=lambda name: ("CJK" not in name, name)))
+
+
+@cache
+def _letters(name: str) -> frozenset[int]:
+    try:
+        path = font_manager.findfont(name, fallback_to_default=False)
+        return frozenset(font_manager.get_font(path).get_charmap())
+    except (OSError, RuntimeError, ValueError):  # gone since the list was made, or no font
+        return frozenset()
+
+
+@cache
+def _say_once() -> None:
+    logging.getLogger("moco").warning(
+        "no installed font has all letters of the names: boxes stand for them in PNG files; install one, such as Noto "
+        "Sans CJK"
+    )

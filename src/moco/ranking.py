@@ -1,0 +1,113 @@
+"""The rows of a table that are most, or least, like each of some queries, in the order that float64 gives."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64
+
+from moco.approximate import candidates
+from moco.neighbours import nearest
+
+MARGINS = 32, 1024
+"""Further rows that are looked at in float64; the larger number where more than the smaller lie at the border. Where
+more than that do, all rows are."""
+ROUNDING = 1e-5
+"""More than two similarities in float32 can be wrong by together."""
+CANDIDATES = 4
+"""Times as many rows as are wanted, and the smaller margin, that a graph is asked for."""
+BLOCK = 2**22
+"""Numbers that are brought to float64 at a time."""
+
+
+class Ranking(NamedTuple):
+    """Of each query, the first first; equal ones by row number.
+
+    A query that has fewer answers than the others, as it is itself a row or a graph found no more, has row -1 and a
+    similarity that is not a number in the places that are left.
+    """
+
+    rows: Int64[np.ndarray, "q k"]
+    similarities: Float64[np.ndarray, "q k"]
+
+
+def exact(
+    vectors: np.ndarray,
+    queries: Float32[np.ndarray, "q f"],
+    k: int,
+    *,
+    own: Int64[np.ndarray, " q"],
+    farthest: bool = False,
+) -> Ranking:
+    """Float32 finds some more than are wanted, float64 puts them in order.
+
+    Args:
+        vectors: float32 `[n, f]` of any lengths, maybe a mapped file.
+        queries: what is asked about.
+        k: how many of each.
+        own: the row that each query itself is, which is left out; -1: none.
+        farthest: the least similar, the least so first.
+
+    Raises:
+        ValueError: a vector that is not finite.
+    """
+    ranking, sign = _nothing(len(queries), k), -1 if farthest else 1
+    unsure, most = list(range(len(queries))), len(vectors) - (own >= 0)
+    for margin in MARGINS:
+        asked = torch.from_numpy(sign * queries[unsure])
+        found = nearest(vectors, asked, k + margin, own=torch.from_numpy(own[unsure]))
+        if found.similarity.isnan().any():
+            bad = int(found.index[found.similarity.isnan()][0])
+            raise ValueError(f"the vector of a query or of row {bad} is not finite; the encoder is broken")
+        left = []
+        for place, index, similarity in zip(unsure, found.index.numpy(), found.similarity.numpy(), strict=True):
+            index = index[: most[place]]
+            last = _rank(ranking, place, queries[place], vectors, index, sign)
+            if len(index) < most[place] and sign * last - similarity[-1] < ROUNDING:
+                left.append(place)
+        unsure = left
+        if not unsure:
+            return ranking
+    for place in unsure:
+        rows = np.arange(len(vectors))
+        _rank(ranking, place, queries[place], vectors, rows[rows != own[place]], sign)
+    return ranking
+
+
+def likely(
+    vectors: np.ndarray,
+    queries: Float32[np.ndarray, "q f"],
+    k: int,
+    *,
+    own: Int64[np.ndarray, " q"],
+    saved: Path | None,
+) -> Ranking:
+    """The same among candidates that a graph gives, which may miss some; `saved` is as for `candidates`."""
+    ranking = _nothing(len(queries), k)
+    for place, index in enumerate(candidates(vectors, queries, CANDIDATES * k + MARGINS[0], saved=saved)):
+        _rank(ranking, place, queries[place], vectors, index[(index >= 0) & (index != own[place])], 1)
+    return ranking
+
+
+def _nothing(queries: int, k: int) -> Ranking:
+    return Ranking(np.full((queries, k), -1), np.full((queries, k), np.nan))
+
+
+def _rank(
+    ranking: Ranking, place: int, query: np.ndarray, vectors: np.ndarray, index: Int64[np.ndarray, " i"], sign: int
+) -> float:
+    """Fills in the answers to one query from some rows; returns the similarity of the last."""
+    one, step, k = query.astype(np.float64), max(1, BLOCK // len(query)), ranking.rows.shape[1]
+    rows, similarities = np.empty(0, np.int64), np.empty(0)
+    for start in range(0, len(index), step):
+        some = index[start : start + step]
+        many = np.asarray(vectors[some], dtype=np.float64)
+        # Row by row, so that equal rows are equal to the last bit; a matrix product does not promise that.
+        cosine = np.einsum("nf,f->n", many, one)
+        cosine /= np.maximum(np.linalg.norm(one) * np.linalg.norm(many, axis=1), 1e-300)
+        rows, similarities = np.concatenate([rows, some]), np.concatenate([similarities, cosine])
+        order = np.lexsort((rows, -sign * similarities))[:k]
+        rows, similarities = rows[order], similarities[order]
+    ranking.rows[place, : len(rows)], ranking.similarities[place, : len(rows)] = rows, similarities
+    return float(similarities[-1]) if len(similarities) else np.nan
