@@ -425,6 +425,17 @@ def test_a_name_says_how_many_heads_and_that_is_remarked(
     assert distance < 1e-5 if heads == 12 else distance > 1e-2
 
 
+def test_the_network_of_a_recipe_is_no_evidence_of_how_many_heads_a_file_has(
+    learned: tuple[Path, VisionTransformer],
+) -> None:
+    settings = parse_config(
+        {"init_from": str(learned[0]), "model": {"variant": "v3", "backbone": "vit-small-v3", "queue_size": 0}}
+    )
+    core = moco.create_model("v3", backbone="vit-small-v3", dim=8, hidden_dim=16)
+    with pytest.raises(ValueError, match="whose number of attention heads no tensor shows.*save it with"):
+        checkpoint.initialise(core, settings)
+
+
 def test_a_card_or_the_file_says_how_many_heads(learned: tuple[Path, VisionTransformer], tmp_path: Path) -> None:
     path, model = learned
     for heads, name in ((12, "vit-small-v3"), (6, "vit_small_patch16_224")):

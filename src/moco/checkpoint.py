@@ -251,6 +251,11 @@ def initialise(model: MoCo, config: PretrainConfig) -> str:
     """
     path, settings = Path(config.init_from or ""), config.model
     source = read_any(path, backbone=settings.backbone if path.is_file() else None)
+    if source.heads_assumed:  # a recipe's network is no evidence of what somebody else has trained
+        raise ValueError(
+            f"{path} is a ViT-S with learned positions, whose number of attention heads no tensor shows; whether it is "
+            f'that of {settings.backbone} is not known: save it with "num_heads" beside its state_dict'
+        )
     theirs = (source.backbone, source.stem, source.channels)
     wanted = (settings.backbone, settings.stem, config.data.channels)
     have, need = _alias(*theirs), _alias(*wanted)

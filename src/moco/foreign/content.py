@@ -50,6 +50,7 @@ class Foreign:
         prefix: under which the encoder lay.
         optimizer: state by the names of `tensors`; None: the file has none that fits its tensors.
         epoch: completed epochs, if the file says so.
+        heads_assumed: the number of attention heads follows from the name that was given, and from nothing else.
         remarks: what else should be known.
     """
 
@@ -67,6 +68,7 @@ class Foreign:
     prefix: str = ""
     optimizer: dict[str, dict[str, Any]] | None = None
     epoch: int | None = None
+    heads_assumed: bool = False
     remarks: tuple[str, ...] = ()
 
     def part(self, prefix: str) -> dict[str, Tensor]:
@@ -124,7 +126,8 @@ def recognise(state: Any, path: Path, *, backbone: str | None = None, num_heads:
     network, stem, channels = build_for(name, weights, stem)
     heads.refuse_others(network, name=name, told=told, path=path)
     remarks = fill(network, weights, name=name, likely=likely, path=path)
-    remarks += () if config else heads.assumption(network, weights, name=name, told=told)
+    assumed = () if config else heads.assumption(network, weights, name=name, told=told)
+    remarks += assumed
     if best.follows:
         remarks += ("only an encoder that follows another is in it",)
     renamed = _renamed(tensors, found, network)
@@ -146,6 +149,7 @@ def recognise(state: Any, path: Path, *, backbone: str | None = None, num_heads:
         prefix=best.prefix,
         optimizer=_optimizer(state, tensors, renamed),
         epoch=_whole(state, "epoch"),
+        heads_assumed=bool(assumed),
         remarks=remarks,
     )
     return _with_settings(foreign, state, config, path)
