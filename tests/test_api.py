@@ -107,9 +107,10 @@ def test_auto_settings_are_valid_and_each_choice_has_its_reason(side, accelerato
             name, value = line.removeprefix("--").split()
             assert name in fields() and str(value_of(config, name)) == value and why
         small = side <= 64
-        assert config.model.stem == ("small" if small else "imagenet")
+        cpu = accelerator == "cpu"
+        assert config.model.stem == ("small" if small or cpu else "imagenet")
         assert config.views.recipe == ("cifar" if small else "v2")
-        assert config.views.size <= max(side, 8) and config.views.size > 0.65 * min(side, 96)
+        assert max(side, 8) >= config.views.size > 0.65 * min(side, 48 if cpu and not small else 224 if not cpu else 64)
         assert config.batch_size <= number // 2 and config.batch_size <= 256
         assert 2 * config.batch_size <= config.model.queue_size <= max(number / 10, 2 * config.batch_size)
         assert config.batch_size / config.model.bn_splits >= 4 and 5 <= config.epochs <= 800
@@ -123,8 +124,8 @@ def test_auto_suits_the_machine(monkeypatch):
         monkeypatch.setattr("moco.auto.choose_accelerator", lambda name, fixed=accelerator: fixed)
         sizes[accelerator] = [auto_config(DataConfig(), images_of(2000, side))[0] for side in (32, 224)]
     backbones = {name: [config.model.backbone for config in configs] for name, configs in sizes.items()}
-    assert backbones == {"cpu": ["resnet-mini", "resnet18"], "cuda": ["resnet18", "resnet50"]}
-    assert [config.views.size for config in sizes["cpu"]] == [32, 96]
+    assert backbones == {"cpu": ["resnet-mini", "resnet-mini"], "cuda": ["resnet18", "resnet50"]}
+    assert [config.views.size for config in sizes["cpu"]] == [32, 32]
     assert [config.views.size for config in sizes["cuda"]] == [32, 224]
 
 
@@ -152,10 +153,10 @@ def test_auto_takes_the_usual_size_of_photos_and_passes_over_broken_ones(tmp_pat
     broken = tmp_path / "00.png"
     broken.write_bytes(broken.read_bytes()[:5000])
     config, reasons = auto_config(DataConfig(source=str(tmp_path)))
-    assert (config.views.size, config.model.stem, config.model.backbone) == (64, "imagenet", "resnet18")
+    assert (config.views.size, config.model.stem, config.model.backbone) == (32, "small", "resnet-mini")
     assert (
         reasons[0]
-        == "--views.size 64: the images have about 80 pixels on their short side, and 64 suits this processor"
+        == "--views.size 32: the images have about 80 pixels on their short side, and 32 suits this processor"
     )
     paths = tuple(str(broken) for _ in range(16))
     with pytest.raises(ValueError, match="none of the images looked at can be read, such as .*00.png"):

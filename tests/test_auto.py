@@ -36,16 +36,17 @@ def test_what_is_chosen_fits_together_and_needs_no_caution(number: int, side: in
     assert config.batch_size <= number / 2
     masks = config.model.queue_size > 0.1 * number
     assert cautions(config, number, mask_own=masks) == []
-    assert max(8, side // 2) <= config.views.size <= max(8, side) or config.views.size in (32, 96, 224)
+    assert max(8, side // 2) <= config.views.size <= max(8, side) or config.views.size in (32, 224)
     assert config.views.size >= 32 or config.model.stem == "small"
 
 
 def test_small_images_keep_their_resolution_and_large_ones_what_the_machine_bears(accelerator: str) -> None:
     assert chosen(1000, 32).views.size == 32
     assert chosen(1000, 32).model.stem == "small"
-    assert chosen(1000, 600).views.size == (224 if accelerator == "cuda" else 96)
-    assert chosen(1000, 600).model.stem == "imagenet"
-    assert chosen(1000, 80).views.size == 64
+    cuda = accelerator == "cuda"
+    assert chosen(1000, 600).views.size == (224 if cuda else 32)
+    assert chosen(1000, 600).model.stem == ("imagenet" if cuda else "small")
+    assert chosen(1000, 80).views.size == (64 if cuda else 32)
 
 
 def test_every_choice_is_a_flag_and_has_its_reason() -> None:
@@ -70,7 +71,7 @@ def test_too_few_images_are_refused() -> None:
         chosen(15, 32)
 
 
-def test_files_are_measured_by_a_sample_of_those_that_can_be_read(tmp_path: Path) -> None:
+def test_files_are_measured_by_a_sample_of_those_that_can_be_read(tmp_path: Path, accelerator: str) -> None:
     for number in range(20):
         path = tmp_path / f"{number:02}.png"
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (70 + number, 200), np.uint8)).save(path)
@@ -78,7 +79,8 @@ def test_files_are_measured_by_a_sample_of_those_that_can_be_read(tmp_path: Path
             path.write_bytes(path.read_bytes()[:600])
     data = DataConfig(source=str(tmp_path), memory=1e-6, max_bad=0.5)
     config, reasons = auto_config(data)
-    assert reasons[0].startswith("--views.size 64: the images have about 80 pixels on their short side")
+    size = 64 if accelerator == "cuda" else 32
+    assert reasons[0].startswith(f"--views.size {size}: the images have about 80 pixels on their short side")
     assert config.data == data
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:600])

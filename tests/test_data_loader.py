@@ -1,4 +1,8 @@
+import itertools
 import logging
+import multiprocessing
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -120,6 +124,19 @@ def test_worker_processes_give_what_this_process_gives_and_use_one_thread(tmp_pa
     for (batch, ids), (again, ids_again) in zip(here, there, strict=True):
         assert torch.equal(batch, again) and torch.equal(ids, ids_again)
     assert all((batch == 1).all() for batch, _ in loader(images, workers=2, crop=threads, max_bad=0.1).epoch(0))
+
+
+def test_a_signal_to_all_processes_of_a_group_leaves_the_readers_to_whoever_trains(tmp_path):
+    images, batches = files(tmp_path, 40), []
+    for batch in loader(images, workers=2).epoch(0):
+        if not batches:
+            readers = multiprocessing.active_children()
+            for reader, signum in itertools.product(readers, (signal.SIGINT, signal.SIGTERM)):
+                os.kill(reader.pid or 0, signum)
+            assert len(readers) == 2
+        batches.append(batch)
+    assert all(torch.equal(ours[1], each[1]) for ours, each in zip(batches, loader(images).epoch(0), strict=True))
+    assert not multiprocessing.active_children()
 
 
 def test_reading_files_draws_nothing_from_the_global_generator(tmp_path):

@@ -10,6 +10,9 @@ from moco.engine import choose_accelerator
 
 SMALL = 64
 """Images up to so many pixels a side keep their resolution through a small stem."""
+ON_PROCESSOR = 32
+"""Side of the views of larger images without an accelerator: seen a hundred times small, a few thousand photos teach in
+ten minutes what they do not when seen six times at 96 pixels (results/LOG.md)."""
 SAMPLED = 50
 
 
@@ -36,22 +39,22 @@ def auto_config(data: DataConfig, given: Splits | None = None) -> tuple[Pretrain
         side = _usual_side(images)
     accelerated = choose_accelerator("auto") != "cpu"
     small = side <= SMALL
-    size = max(8, side // 8 * 8) if small else 224 if accelerated else 96
-    size = min(size, max(32, side // 32 * 32)) if not small else size
-    backbone = ("resnet18" if small else "resnet50") if accelerated else "resnet-mini" if small else "resnet18"
+    size = max(8, side // 8 * 8) if small else min(224, side // 32 * 32) if accelerated else ON_PROCESSOR
+    backbone = ("resnet18" if small else "resnet50") if accelerated else "resnet-mini"
+    stem = "small" if small or not accelerated else "imagenet"
     batch = min(256 if accelerated else 128, 2 ** ((number // 4).bit_length() - 1))
     batch = max(batch, 4)
     splits = max(1, min(8, batch // 4))
     queue = max(2 * batch, min(65536, 2 ** (max(1, number // 10).bit_length() - 1)))
     # Images seen: about a night on one accelerator, about ten minutes on two cores.
-    budget = 20_000_000 if accelerated else 300_000 if small else 20_000
+    budget = 20_000_000 if accelerated else 300_000
     epochs = max(5, min(800, budget // number))
     where = "this accelerator" if accelerated else "this processor"
     reasons = [
         f"--views.size {size}: the images have about {side} pixels on their short side"
         + ("" if size == side else ", kept but for a multiple of 8" if small else f", and {size} suits {where}"),
         f"--model.backbone {backbone}: for {where}",
-        f"--model.stem {'small' if small else 'imagenet'}: images {'up to' if small else 'over'} {SMALL} pixels",
+        f"--model.stem {stem}: views {'up to' if stem == 'small' else 'over'} {SMALL} pixels",
         f"--views.recipe {'cifar: no blur, which small images do not bear' if small else 'v2: as published'}",
         f"--batch_size {batch}: {number:,} images on {where}",
         f"--model.queue_size {queue}: a power of two, at most a tenth of the images where that holds two batches",
@@ -66,7 +69,7 @@ def auto_config(data: DataConfig, given: Splits | None = None) -> tuple[Pretrain
         "model": {
             "variant": "v2",
             "backbone": backbone,
-            "stem": "small" if small else "imagenet",
+            "stem": stem,
             "queue_size": queue,
             "temperature": 0.2,
             "momentum": 0.99,

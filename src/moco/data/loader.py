@@ -4,6 +4,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -150,6 +151,7 @@ class Loader:
                 # Else every epoch would draw from the global generator, and a resumed run would draw differently.
                 generator=torch.Generator(),
                 multiprocessing_context=_context() if self._workers else None,
+                worker_init_fn=_outlast,
             )
             iterator = iter(batches)
         try:
@@ -287,3 +289,12 @@ def resized(
     if bad:
         logging.getLogger("moco").warning("%d of %d images are black: %s", len(bad), len(out), bad[0])
     return out
+
+
+def _outlast(worker: int) -> None:
+    """A scheduler or a terminal tells all processes of a group to stop; readers go on until who trains has saved.
+
+    A second SIGTERM, as the one that trains would send when it ends, ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
