@@ -194,6 +194,7 @@ def test_the_page_has_every_part_of_the_run(trained):
     for each in pictures:
         kind, _, content = each.get("src").partition(",")
         assert kind == "data:image/svg+xml" and each.get("alt")
+        assert not set(each.get("src")) & set(' \n"<>[]')  # what no URI may hold
         assert unquote_to_bytes(content) in [file.read_bytes() for file in trained.path.glob("*.svg")]
     assert tree.find(f"{XHTML}head/{XHTML}meta[@http-equiv='refresh']") is None
     assert tree.get("lang") == "en"

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 NAMES = ("views", "neighbours", "map", "similarities")
 """Each may lie in the folder as NAME.svg or NAME.png."""
-SAFE = " /;=+,!@*$?[]~-_."
+SAFE = "/;=+,!@*$?~-_."
 """What may stand in a data URI as it is."""
 
 
