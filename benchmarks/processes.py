@@ -20,6 +20,8 @@ from pathlib import Path
 import rows
 
 ROW_EVERY = 4
+LOOK_EVERY = 5.0
+"""Seconds; adding up a process's pages takes some of its time."""
 MIB = 1024
 
 
@@ -43,7 +45,7 @@ def main() -> None:
             for rank in children(started.pid):
                 held = sum(proportional(each) for each in [rank, *children(rank)])
                 most[rank] = max(most.get(rank, 0), held)
-            time.sleep(1)
+            time.sleep(LOOK_EVERY)
         if started.returncode:
             raise SystemExit(f"torchrun ended with {started.returncode}")
         with (out / "metrics.csv").open(newline="", encoding="utf-8") as file:

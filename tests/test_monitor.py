@@ -79,7 +79,9 @@ def test_a_clock_counts_training_alone_and_goes_on(monkeypatch: pytest.MonkeyPat
     fake = types.SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0] / 2)
     monkeypatch.setattr("moco.monitor.time", fake)
     clock = Clock()
-    now[0] += 50  # something else
+    now[0] += 50  # something else, with a checkpoint in the middle of it
+    assert clock.state() == {"train_seconds": 0, "cpu_seconds": 0}
+    now[0] += 50
     clock.start()
     now[0] += 2
     first = clock.read(10, 32, 0.5)

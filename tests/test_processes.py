@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,9 +21,12 @@ import moco
 from distributed import Pair
 from moco import backbones, checkpoint, dist
 from moco.cli import main
-from moco.config import PretrainConfig, merge, parse_config
-from moco.data import ArrayImages, Loader
+from moco.config import DataConfig, EvaluateConfig, PretrainConfig, merge, parse_config
+from moco.data import ArrayImages, FileImages, Loader, Splits
+from moco.encoder import ImageEncoder, build_backbone
 from moco.engine import Stopped
+from moco.evaluate import Task
+from moco.evaluate.reading import read
 from moco.monitor import AT_ONCE, shared
 from moco.ranks import share_bad
 from moco.run import Run
@@ -380,6 +384,58 @@ def test_features_are_the_same_bits_on_any_number_of_processes(number: int, pair
         assert torch.equal(each["features"], alone)
     assert sum(int(each["seen"]) for each in answers) == number
     assert number == 1 or all(each["seen"] for each in answers)
+
+
+def measured(folder: str, protocol: str) -> dict[str, float]:
+    return dict(moco.evaluate(folder, protocol, settings={"accelerator": "cpu", "precision": "fp32"}).figures)
+
+
+@two_processes
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_two_processes_find_what_one_finds_and_the_first_writes_it(protocol: str, pair: Pair, tmp_path: Path) -> None:
+    for name in ("alone", "both"):
+        run = Run.create(tmp_path / name, parse_config(TINY))
+        torch.manual_seed(0)
+        backbone, about = build_backbone("resnet-tiny", stem="small", channels=1), {"name": "resnet-tiny"}
+        encoder = ImageEncoder(backbone, stem="small", channels=1, mean=(0.5,), std=(0.5,), input_size=8, **about)
+        checkpoint.save_encoder(run.path, encoder)
+    alone = measured(str(tmp_path / "alone"), protocol)
+    assert pair(measured, str(tmp_path / "both"), protocol) == [alone] * 2
+    written = [each.read_text() for each in sorted(tmp_path.glob("*/evaluations/*.json"))]
+    assert len(written) == 2 and written[0] == written[1] and '"top1"' in written[0]
+
+
+def read_some(paths: list[str], max_bad: float) -> dict[str, Any]:
+    backbone = SmallBackbone()
+    with torch.no_grad():
+        for number, parameter in enumerate(backbone.parameters(), start=1):
+            parameter.copy_(torch.linspace(-1, number / 5, parameter.numel()).view_as(parameter))
+    half = (0.5, 0.5, 0.5)
+    encoder = ImageEncoder(backbone, name="", stem="imagenet", channels=3, mean=half, std=half, input_size=8).eval()
+    images = FileImages(tuple(paths), torch.arange(len(paths)), tuple(map(str, range(len(paths)))))
+    settings, data = EvaluateConfig(precision="fp32"), DataConfig(max_bad=max_bad)
+    task = Task(encoder, None, Splits(images, None), settings, lambda *said: None, data=data)
+    try:
+        found = read(task, images, "training")
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"vectors": found.vectors, "labels": found.images.labels, "notes": list(found.notes)}
+
+
+@two_processes
+def test_what_no_process_can_read_is_left_out_on_all(pair: Pair, tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{number}.png") for number in range(300)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (9, 8), (number % 256, number % 7, 90)).save(path)
+    for number in (3, 290):  # in the share of each
+        Path(paths[number]).write_bytes(b"")
+    alone = read_some(paths, 0.01)
+    assert len(alone["vectors"]) == 298 and alone["vectors"].std() > 0
+    for each in pair(read_some, paths, 0.01):
+        assert torch.equal(each["vectors"], alone["vectors"]) and torch.equal(each["labels"], alone["labels"])
+        assert each["notes"] == alone["notes"]
+    for each in pair(read_some, paths, 0.001):
+        assert each["error"].startswith("2 of 300 training images cannot be read")
 
 
 def bad_on_one(max_bad: float) -> str:

@@ -72,7 +72,7 @@ def flat(value: object, name: str = "") -> dict[str, object]:
 def assert_equal_checkpoints(one: Path, other: Path, *, but_for: str | None = None) -> None:
     left, right = (torch.load(path, weights_only=True) for path in (one, other))
     for state in (left, right):
-        del state["clock"], state["config"]["monitor"]["save_every"]
+        del state["clock"], state["config"]["monitor"]["save_every"], state["config"]["data"]["workers"]
         state["random"].pop(but_for, None)
     left, right = flat(left), flat(right)
     assert left.keys() == right.keys()
@@ -106,7 +106,12 @@ def table_without_times(run: Path) -> list[list[str]]:
 
 
 def kill_and_continue(
-    start: Callable[..., None], kill: Callable[[], int], run: Path, first: tuple[str | Path, ...], steps: list[int]
+    start: Callable[..., None],
+    kill: Callable[[], int],
+    run: Path,
+    first: tuple[str | Path, ...],
+    steps: list[int],
+    *changed: str,
 ) -> None:
     """Kills the command a moment after each of these steps, continues it, and leaves it when it is past them."""
     arguments, chance = first, random.Random(0)
@@ -115,7 +120,7 @@ def kill_and_continue(
         wait_for_step(run, step)
         time.sleep(chance.uniform(0, 0.2))
         assert kill() == -signal.SIGKILL
-        arguments = ("pretrain", "--resume", run)
+        arguments = ("pretrain", "--resume", run, *changed)
     start(*arguments)
 
 
@@ -153,9 +158,17 @@ def test_so_does_one_of_v3_in_bf16(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_so_does_one_of_files_that_workers_read_started_as_people_do(moco_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_so_does_one_of_files_that_workers_read_started_as_people_do(
+    kind: str, moco_data: Path, tmp_path: Path
+) -> None:
+    source = moco_data / "photos" / "test"
+    if kind == "shards":
+        assert main(["pack", str(source), str(tmp_path / "packed"), "--size", "2"]) == 0
+        source = tmp_path / "packed"
+        assert len(list(source.rglob("*.tar"))) > 2
     changed = {
-        "data": {"source": str(moco_data / "photos" / "test"), "memory": 1e-6, "workers": 2},
+        "data": {"source": str(source), "memory": 1e-6, "workers": 2},
         "views": {"recipe": "v2", "size": 32},
         "batch_size": 32,
         "model": SETTINGS["model"] | {"symmetric": True},
@@ -175,7 +188,7 @@ def test_so_does_one_of_files_that_workers_read_started_as_people_do(moco_data: 
 
     for name, steps in (("run", []), ("killed", [7])):
         first = ("pretrain", recipe(tmp_path, changed), "--out", tmp_path / name)
-        kill_and_continue(start, kill, tmp_path / name, first, steps)
+        kill_and_continue(start, kill, tmp_path / name, first, steps, "--data.workers", "3")
         assert process and process.wait() == 0
     assert_equal_runs(tmp_path / "run", tmp_path / "killed")
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 Answer = TypeVar("Answer")
@@ -78,6 +78,44 @@ def exchange(x: Shaped[Tensor, "n ..."], order: Int64[Tensor, " m"], *, back: bo
         input_split_sizes=[len(rows) for rows in leaving],
     )
     return torch.empty_like(x).index_copy_(0, torch.cat(arriving).to(x.device, non_blocking=True), travelled)
+
+
+def in_shares(
+    work: Callable[[range], Float[Tensor, "n f"]],
+    total: int,
+    width: int,
+    *,
+    at_once: int,
+    device: torch.device,
+    room: Callable[[int, int], Tensor] = torch.empty,
+) -> Float[Tensor, "m f"]:
+    """Rows that the ranks make a share of each, whole on all of them and on the CPU.
+
+    A share is some neighbouring batches, those that one process would take: the result is the same to the last bit.
+
+    Args:
+        work: makes float32 rows of these numbers, at least one; only asked for this rank's.
+        total: rows in all.
+        width: of a row.
+        at_once: a batch of `work`, and rows that travel together.
+        device: of this rank; rows travel through it where they cannot on the CPU.
+        room: where the rows are put together, by their number and width.
+    """
+    world = world_size()
+    if world == 1:
+        return work(range(total))
+    each = -(-total // (at_once * world)) * at_once
+    device = torch.device("cpu") if torch_dist.get_backend() == "gloo" else device
+    own = range(min(total, rank() * each), min(total, (rank() + 1) * each))
+    rows, out = work(own) if own else torch.empty(0, width), room(total, width)
+    for at in range(0, each, at_once):
+        block = torch.zeros(at_once, width)
+        block[: max(0, len(rows) - at)] = rows[at : at + at_once]
+        for number, part in enumerate(gather(block.to(device)).cpu().unflatten(0, (at_once, world)).unbind(1)):
+            start = min(total, number * each + at)
+            stop = min(total, start + at_once)
+            out[start:stop] = part[: stop - start]
+    return out
 
 
 class _AllReduceSum(torch.autograd.Function):

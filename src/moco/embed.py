@@ -162,11 +162,12 @@ def embed_to(
         FileExistsError: a folder with something else in it.
     """
     from moco.checkpoint import load_encoder
+    from moco.engine import own_device
 
     if isinstance(source, ImageEncoder):
         encoder, origin = source, None
     else:
-        encoder, origin = load_encoder(source).to(_device(accelerator)), os.path.abspath(source)
+        encoder, origin = load_encoder(source).to(own_device(accelerator)), os.path.abspath(source)
     whence = whole_source(str(images)) if isinstance(images, str | Path) else None
     found = load_part(whence, part, encoder.channels) if whence else as_images(images, channels=encoder.channels)
     size = batch_size or max(16, min(256, 2**22 // encoder.input_size**2 // 16 * 16))
@@ -286,14 +287,6 @@ def fingerprint_of_images(images: Images) -> str:
     if isinstance(images, ArrayImages):
         digest.update(images.images.cpu().contiguous().numpy())
     return digest.hexdigest()
-
-
-def _device(accelerator: str) -> str:
-    """Of several processes on one machine each has a device of its own."""
-    from moco.engine import choose_accelerator
-
-    name, local = choose_accelerator(accelerator), os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if name == "cuda" and local else name
 
 
 def _arithmetic(encoder: ImageEncoder, precision: str) -> str:

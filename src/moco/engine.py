@@ -1,5 +1,6 @@
 """EngineConfig -> Lightning Fabric: devices, nodes, precision; and how a run of several processes stops as one."""
 
+import datetime
 import inspect
 import logging
 import os
@@ -36,6 +37,7 @@ ASK_EVERY = 10
 """Steps between two questions among ranks whether one of them has to stop or save."""
 FAILED = 1_000
 """The answer if one of them cannot go on; signals are smaller numbers."""
+WAIT = datetime.timedelta(days=1)
 PARTING = 20.0
 """Seconds for which a process that the first one started waits for that to leave before it."""
 
@@ -67,6 +69,28 @@ def choose_accelerator(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def own_device(accelerator: str) -> str:
+    """Where this process works: of several that torchrun started on one machine each has a device of its own."""
+    name, local = choose_accelerator(accelerator), os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if name == "cuda" and local else name
+
+
+@contextmanager
+def met() -> Generator[None]:
+    """Within, the processes that torchrun started for something else than training can talk, on the CPU.
+
+    They wait for each other as long as it takes: what one rank does alone may take hours.
+    """
+    if launched().by != "torchrun" or torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", timeout=WAIT)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def choose_precision(accelerator: str) -> Precision:

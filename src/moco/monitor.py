@@ -107,15 +107,15 @@ class Clock:
     """Wall-clock and processor seconds of training alone, over all parts of a resumed run."""
 
     def __init__(self) -> None:
-        self._wall = self._cpu = 0.0
-        self._started = self._marked = time.perf_counter()
-        self._started_cpu = time.process_time()
+        self._wall = self._cpu = self._started = self._marked = self._started_cpu = 0.0
+        self._runs = False
         self._step: int | None = None
 
     def start(self) -> None:
         """Counts from now on; what lies before was something else."""
         self._started = self._marked = time.perf_counter()
         self._started_cpu = time.process_time()
+        self._runs = True
 
     def read(self, step: int, batch_size: int, waited: float) -> dict[str, float]:
         """Times so far, and the speed since they were last read."""
@@ -125,9 +125,10 @@ class Clock:
         return self.state() | speed | {"data_wait": 100 * min(1.0, waited / since)}
 
     def state(self) -> dict[str, float]:
-        self._wall += time.perf_counter() - self._started
-        self._cpu += time.process_time() - self._started_cpu
-        self._started, self._started_cpu = time.perf_counter(), time.process_time()
+        if self._runs:
+            self._wall += time.perf_counter() - self._started
+            self._cpu += time.process_time() - self._started_cpu
+            self._started, self._started_cpu = time.perf_counter(), time.process_time()
         return {"train_seconds": self._wall, "cpu_seconds": self._cpu}
 
     def restore(self, state: dict[str, float]) -> None:
@@ -142,25 +143,20 @@ def spread(keys: Tensor) -> Tensor:
 def shared(images: Images, work: Callable[[Images], Tensor], width: int, device: torch.device) -> Tensor:
     """What `work` makes of all images, in their order and on the CPU: each rank works on a share, all have the whole.
 
-    Shares are made of the batches that one process would take, so that the result is the same to the last bit.
-
     Args:
         images: the same on all ranks.
         work: images to float32 rows, at least one.
         width: of a row.
         device: that ranks talk through.
     """
-    world, total = dist.world_size(), len(images)
-    if world == 1:
-        return work(images)
-    rounds, out = -(-total // (AT_ONCE * world)), []
-    for start in range(dist.rank() * AT_ONCE, rounds * world * AT_ONCE, world * AT_ONCE):
-        which = range(start, min(start + AT_ONCE, total))
-        rows = torch.zeros(1, AT_ONCE, width)
-        if which:
-            rows[0, : len(which)] = work(images.select(which))
-        out.append(dist.gather(rows.to(device)).cpu().flatten(0, 1))
-    return torch.cat(out)[:total]
+    total = len(images)
+    return dist.in_shares(
+        lambda which: work(images if len(which) == total else images.select(which)),
+        total,
+        width,
+        at_once=AT_ONCE,
+        device=device,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What an encoder does for a pile of images: a table of features, answers, a map."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -11,6 +10,7 @@ from cyclopts import Parameter
 
 from moco.console import print_table, say, stderr, working
 from moco.flags import Json
+from moco.launch import launched
 
 if TYPE_CHECKING:
     from moco.vectors import Embeddings
@@ -54,7 +54,7 @@ def embed(
     with working(stderr()) as show:
         count = partial(show, "features")
         embed_to(out, source, images, part=part, batch_size=batch_size, precision=precision, on_progress=count)
-    if int(os.environ.get("RANK", "0")):  # the first of several processes tells
+    if launched().rank:  # the first of several processes tells
         return
     written, meta = convert(out, format), read_meta(out)
     if as_json:

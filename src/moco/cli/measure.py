@@ -10,6 +10,7 @@ from moco import config as settings
 from moco.config import EvaluateConfig
 from moco.console import report_evaluation, stderr, working
 from moco.flags import Json, flags_of
+from moco.launch import launched
 
 if TYPE_CHECKING:
     Flags = dict[str, Any]
@@ -46,6 +47,8 @@ def evaluate(
 
     with working(stderr()) as show:
         found = measure(source, protocol, data=data, backbone=backbone, out=out, settings=given, on_progress=show)
+    if launched().rank:  # the first of several processes tells
+        return
     if as_json:
         print(json.dumps(found.record(), indent=2))
     else:

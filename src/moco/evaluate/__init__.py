@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moco import dist
 from moco.checkpoint import load_encoder, load_projector
 from moco.config import DataConfig, EvaluateConfig, parse_evaluation
 from moco.data import load_data
-from moco.engine import choose_accelerator, choose_precision
+from moco.engine import choose_accelerator, choose_precision, met, own_device
 from moco.evaluate import finetune, health
 from moco.evaluate import knn as nearest
 from moco.evaluate import linear as probes
 from moco.evaluate.contract import HeldOut, Outcome, Protocol, Report, Task, accuracies, confusion, held_out
 from moco.evaluate.knn import knn
 from moco.evaluate.record import Evaluation, name_of
+from moco.launch import launched
 from moco.run import Run
 from moco.views import view_specs
 
@@ -41,6 +43,9 @@ def evaluate(
 ) -> Evaluation:
     """Measures an encoder by a published protocol.
 
+    In each of several processes that `torchrun` starts it takes a share of the features, and of kNN's queries; all
+    return what one process would find, and the first writes it.
+
     Args:
         source: folder of a run, or any checkpoint that `load_encoder` takes.
         protocol: a name in `EVALUATIONS`, or `package.module:function` of your own, task -> outcome.
@@ -53,7 +58,7 @@ def evaluate(
 
     Raises:
         ValueError: unknown protocol or setting, one that the protocol does not look at, a checkpoint without images,
-            or images without labels.
+            images without labels, or several processes for a protocol that they cannot share.
 
     Example:
         >>> found = moco.evaluate("runs/first", "linear", settings={"form": "official"})     # doctest: +SKIP
@@ -65,15 +70,24 @@ def evaluate(
     way.refuse_others(protocol, given)
     run = Run.open(source) if (Path(source) / "config.yaml").is_file() else None
     chosen = _resolved(given, way, run)
-    encoder = load_encoder(source, backbone=backbone).to(chosen.accelerator)
+    start = launched()
+    if (start.per_node or 1) * (start.nodes or 1) > 1 and not way.in_shares(given):
+        raise ValueError(
+            f"several processes cannot share --protocol {protocol}{f' --form {given.form}' if given.form else ''}; "
+            "start one, without torchrun or srun"
+        )
+    device = own_device(chosen.accelerator)
+    encoder = load_encoder(source, backbone=backbone).to(device)
     wanted = chosen.features == "projection" or way.wants_projector
-    projector = load_projector(run).to(chosen.accelerator) if run and wanted else None
+    projector = load_projector(run).to(device) if run and wanted else None
     if chosen.features == "projection" and projector is None:
         raise ValueError(f"{source} holds no projector; expected the folder of a run, or leave out --features")
     views = view_specs(run.config.views) if run and ":" not in run.config.views.recipe else None
     images = _images(run, data, encoder.channels, source)
     task = Task(encoder, projector, load_data(images), chosen, on_progress or (lambda *_: None), views, images)
-    outcome = way.measure(task)
+    with met():
+        outcome = way.measure(task)
+        leads = start.rank == 0 and dist.rank() == 0
     if not isinstance(outcome, Outcome):
         raise ValueError(f"protocol {protocol!r} returns {outcome!r:.80}; expected a moco.evaluate.Outcome")
     own = run.config.data.source if run else None
@@ -81,7 +95,8 @@ def evaluate(
     name = name_of(protocol, given, default_form=default_form, data=data, own=own)
     folder = Path(out) if out else run.path / "evaluations" if run else None
     found = _evaluation(name, data or own or "", outcome, task, folder)
-    found.write()
+    if leads:
+        found.write()
     return found
 
 

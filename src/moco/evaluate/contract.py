@@ -108,6 +108,8 @@ class Protocol:
         default_form: the form that is taken for an encoder where none is named; None: there are no forms.
         fp32: forms that are in fp32 unless another precision is given, as what was published was.
         wants_projector: whatever the settings say.
+        in_shares: whether several processes that measure by these settings share the work and find what one does;
+            not given: they never do.
     """
 
     measure: Measure
@@ -115,6 +117,7 @@ class Protocol:
     default_form: Callable[[ImageEncoder], str] | None = None
     fp32: frozenset[str] = frozenset()
     wants_projector: bool = False
+    in_shares: Callable[[EvaluateConfig], bool] = lambda settings: False
 
     def refuse_others(self, name: str, settings: EvaluateConfig) -> None:
         """Settings that would change nothing.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from moco import dist
 from moco.embed import Embeddings
 from moco.evaluate.contract import Outcome, Protocol, Task, accuracies, check_finite, labels_of
 from moco.evaluate.reading import read
@@ -33,11 +34,17 @@ def evaluate(task: Task) -> Outcome:
     for part, vectors in (("training", bank), ("test", queries)):
         check_finite(vectors, part)
     labels, wanted = labels_of(train.images), labels_of(test.images)
-    scores = knn_scores(bank, labels, queries.to(task.device), k=settings.k, temperature=settings.temperature)
+    k, temperature = settings.k, settings.temperature
+
+    def votes(which: range) -> Tensor:
+        asked = queries[which.start : which.stop].to(task.device)
+        return knn_scores(bank, labels, asked, k=k, temperature=temperature).cpu()
+
+    scores = dist.in_shares(votes, len(queries), int(labels.max()) + 1, at_once=QUERIES_AT_ONCE, device=task.device)
     return Outcome({}, scores, (*train.notes, *test.notes), wanted)
 
 
-PROTOCOL = Protocol(evaluate, frozenset({"features", "k", "temperature", "labels"}))
+PROTOCOL = Protocol(evaluate, frozenset({"features", "k", "temperature", "labels"}), in_shares=lambda settings: True)
 
 
 @torch.inference_mode()

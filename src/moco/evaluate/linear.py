@@ -100,6 +100,7 @@ PROTOCOL = Protocol(
     frozenset({"form", "labels", "epochs", "lr", "weight_decay", "batch_size"}),
     default_form=lambda encoder: "fast",
     fp32=frozenset(FORMS),
+    in_shares=lambda settings: settings.form in (None, "fast"),
 )
 
 

@@ -1,5 +1,6 @@
 """Images as protocols read them: features of those that can be read, and batches of random views."""
 
+import json
 import logging
 import os
 from collections import deque
@@ -11,13 +12,16 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from moco import dist
 from moco.data import ArrayImages, BadImage, Images, Loader, epoch_order
 from moco.data.folder import NUM_NAMED
 from moco.embed import read_features
 from moco.encoder import ImageEncoder
 from moco.evaluate.contract import ROWS_AT_ONCE, Task
+from moco.scratch import room
 from moco.views import OneView
 
+IMAGES_AT_ONCE = 256
 DECODED_AT_ONCE = 32
 """Pictures of camera size that are held until they are cropped."""
 
@@ -55,14 +59,28 @@ def read(
     Raises:
         ValueError: too many files cannot be read.
     """
-    encoder = encoder or task.encoder
-    vectors, bad = read_features(
-        encoder,
-        images,
-        precision=precision or task.settings.precision,
-        short=cut_side(encoder, images) if cut else None,
-        on_progress=lambda done, total: task.report(f"features of the {part} images", done, total),
+    encoder, bad = encoder or task.encoder, dict[int, BadImage]()
+    short = cut_side(encoder, images) if cut else None
+
+    def work(which: range) -> Tensor:
+        rows, failed = read_features(
+            encoder,
+            images if len(which) == len(images) else images.select(which),
+            batch_size=IMAGES_AT_ONCE,
+            precision=precision or task.settings.precision,
+            short=short,
+            on_progress=lambda done, total: task.report(f"features of the {part} images", done, total),
+        )
+        bad.update({which[place]: each for place, each in failed.items()})
+        return rows
+
+    # Several processes share the work, and all have all of its rows, and of the files that cannot be read.
+    vectors = dist.in_shares(
+        work, len(images), encoder.num_features, at_once=IMAGES_AT_ONCE, device=task.device, room=room
     )
+    if dist.world_size() > 1:
+        said = dist.everyone(json.dumps([(place, each.path, each.reason) for place, each in bad.items()]))
+        bad = {place: BadImage(path, reason) for text in said for place, path, reason in json.loads(text)}
     if not bad:
         return Read(images, vectors, ())
     note = left_out(list(bad.values()), len(images), part, task.data.max_bad)
