@@ -5,7 +5,8 @@
 
 The command is the one of docs/many.md, with the batch made as small as a machine without a GPU asks for. Adds a row to
 results/processes.csv: images a second and process while training (the median of the run's own rows but the first, in
-which processes warm up), and the most memory that was held by a process and its readers, what they share counted once.
+which processes warm up), and the most memory that was held by a process and its readers, what they share counted once. What
+follows the last of these steps, kNN and pictures, is not waited for.
 """
 
 import argparse
@@ -30,26 +31,30 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="imagenet-v2")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=64, help="of all processes")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help=f"a multiple of {ROW_EVERY}")
     parser.add_argument("--processes", type=int, default=2)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(chosen.processes)]
         line += ["-m", "moco.cli", "pretrain", chosen.recipe, "--data", str(chosen.data), "--out", str(out)]
-        line += ["--batch_size", str(chosen.batch), "--steps", str(chosen.steps)]
+        # One more, which ends the run: it is left before its last kNN.
+        line += ["--batch_size", str(chosen.batch), "--steps", str(chosen.steps + 1)]
         line += ["--monitor.log_every", str(ROW_EVERY)]
         started = subprocess.Popen([sys.executable, *line])
-        most: dict[int, int] = {}
-        while started.poll() is None:
+        most, metrics = dict[int, int](), list[dict[str, str]]()
+        while not metrics or int(metrics[-1]["step"]) < chosen.steps:
+            if started.poll() is not None:
+                raise SystemExit(f"torchrun ended with {started.returncode}")
             for rank in children(started.pid):
                 held = sum(proportional(each) for each in [rank, *children(rank)])
                 most[rank] = max(most.get(rank, 0), held)
             time.sleep(LOOK_EVERY)
-        if started.returncode:
-            raise SystemExit(f"torchrun ended with {started.returncode}")
-        with (out / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            metrics = list(csv.DictReader(file))
+            if (out / "metrics.csv").is_file():
+                with (out / "metrics.csv").open(newline="", encoding="utf-8") as file:
+                    metrics = list(csv.DictReader(file))
+        started.terminate()
+        started.wait()
     speeds = [float(each["images_per_second"]) / chosen.processes for each in metrics[1:]]
     row = rows.where() | {
         "recipe": chosen.recipe,
