@@ -5,8 +5,8 @@
 
 The command is the one of docs/many.md, with the batch made as small as a machine without a GPU asks for. Adds a row to
 results/processes.csv: images a second and process while training (the median of the run's own rows but the first, in
-which processes warm up), and the most memory that was held by a process and its readers, what they share counted once. What
-follows the last of these steps, kNN and pictures, is not waited for.
+which processes warm up), and the most memory that was held by a process and its readers, what they share counted once.
+What follows the last of these steps, kNN and pictures, is not waited for.
 """
 
 import argparse
