@@ -26,7 +26,7 @@ from moco.config import ViewsConfig
 from moco.data import FileImages, Loader
 from moco.views import IMAGENET, TwoViews, view_specs
 
-SIZE, BATCH = 224, 128
+SIZE, COLLATED = 224, 128
 CAMERA = 3_000_000
 """Pixels of the enlarged photos."""
 
@@ -52,9 +52,9 @@ STANDARD = transforms.Compose(
 
 
 def standard(paths: list[str]) -> None:
-    for start in range(0, len(paths), BATCH):
+    for start in range(0, len(paths), COLLATED):
         pairs = []
-        for path in paths[start : start + BATCH]:
+        for path in paths[start : start + COLLATED]:
             with Image.open(path) as file:
                 image = file.convert("RGB")
             pairs.append((STANDARD(image), STANDARD(image)))
@@ -80,12 +80,12 @@ def seconds(function: Callable[[Any], None], argument: Any) -> float:
     return time.process_time() - start
 
 
-def measure(name: str, paths: list[str], rounds: int) -> dict[str, object]:
+def measure(name: str, paths: list[str], batch: int, rounds: int) -> dict[str, object]:
     """Images a second and ratios, medians over rounds after one of warm-up."""
     views = TwoViews(view_specs(ViewsConfig(recipe="v2", size=SIZE)), SIZE)
     images = FileImages(tuple(paths), None, None)
     loader = Loader(
-        images, batch_size=min(BATCH, len(paths)), seed=0, device=torch.device("cpu"), workers=0, crop=views
+        images, batch_size=min(batch, len(paths)), seed=0, device=torch.device("cpu"), workers=0, crop=views
     )
 
     def host(epoch: int) -> None:
@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("photos", type=Path, help="folder of JPEGs, at any depth")
     parser.add_argument("--images", type=int, default=128, help="evenly from all; every fourth is also enlarged")
+    parser.add_argument("--batch", type=int, default=128, help="photos that become views at once")
     parser.add_argument("--rounds", type=int, default=7, help="counted ones, after one of warm-up")
     parser.add_argument("--record", action="store_true", help="add the row to results/photos.csv")
     options = parser.parse_args()
@@ -125,11 +126,11 @@ def main() -> None:
     print(f"{rows.where()['processor']}, one thread, {len(paths)} photos, two views of {SIZE} pixels each")
     row = (
         rows.where()
-        | {"images": len(paths), "batch": min(BATCH, len(paths)), "rounds": options.rounds}
-        | measure("photo", paths, options.rounds)
+        | {"images": len(paths), "batch": min(options.batch, len(paths)), "rounds": options.rounds}
+        | measure("photo", paths, options.batch, options.rounds)
     )
     with tempfile.TemporaryDirectory() as folder:
-        row |= measure("camera", enlarge(paths[::4], Path(folder)), options.rounds)
+        row |= measure("camera", enlarge(paths[::4], Path(folder)), options.batch, options.rounds)
     if options.record:
         rows.append("photos", row)
 

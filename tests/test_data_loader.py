@@ -276,7 +276,6 @@ def test_an_unreadable_file_among_boxes_is_replaced_with_the_crops_of_the_other(
 def test_workers_share_the_cores_with_the_other_ranks_of_the_machine(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(24), raising=False)
     for ranks, workers in ((1, 16), (2, 11), (8, 2), (24, 1)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert num_workers(ranks) == workers
 
 

@@ -22,7 +22,7 @@ from moco.engine import (
     processes,
     resolve,
 )
-from moco.launch import Launch, check_started, launched
+from moco.launch import Launch, check_started, launched, sharing_cores
 
 CPU = torch.device("cpu")
 
@@ -192,6 +192,13 @@ def test_torchrun_overrules_the_settings_and_threads_are_shared(monkeypatch: pyt
     assert (processes(config), resolve(config).threads) == ((8, 2), 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "12")
     assert resolve(config).threads == 12
+
+
+def test_cores_are_shared_unless_slurm_gave_each_process_its_own() -> None:
+    started = SLURM | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
+    assert sharing_cores(8, {}) == sharing_cores(8, TORCHRUN) == sharing_cores(8, started) == 8
+    assert sharing_cores(8, started | {"SLURM_CPUS_PER_TASK": "4"}) == 1
+    assert sharing_cores(8, {"SLURM_CPUS_PER_TASK": "32"}) == 8  # a job, but none of its tasks
 
 
 # Signals

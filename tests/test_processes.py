@@ -1,6 +1,7 @@
 """Runs of several processes: the same as of one, and they start, stop, fail and go on together."""
 
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -384,6 +385,49 @@ def test_features_are_the_same_bits_on_any_number_of_processes(number: int, pair
         assert torch.equal(each["features"], alone)
     assert sum(int(each["seen"]) for each in answers) == number
     assert number == 1 or all(each["seen"] for each in answers)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files, two of them cut off behind their headers."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(90):
+        content = io.BytesIO()
+        pixels = torch.randint(0, 256, (20, 24, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(content, "png")
+        cut = len(content.getvalue()) // 2 if number in (7, 40) else None
+        (folder / f"{number:02}.png").write_bytes(content.getvalue()[:cut])
+    return folder
+
+
+@two_processes
+def test_two_processes_see_the_files_that_one_sees_and_replace_the_same(
+    photos: Path, pair: Pair, tmp_path: Path
+) -> None:
+    files = {"steps": 5, "data": {"memory": 1e-9, "workers": 1, "max_bad": 0.1}}
+    alone = files | {"model": {"batchnorm": "split", "bn_splits": 2}}
+    one = train(str(tmp_path / "one"), alone, images=str(photos))
+    both = pair(train, str(tmp_path / "both"), files, None, False, str(photos))
+    for other in both:
+        assert_same_weights(one, other)
+    assert torch.equal(both[0]["queue"], both[1]["queue"])
+    # In the middle of the second epoch, with other workers.
+    half = files | {"steps": 3}
+    pair(train, str(tmp_path / "half"), half, None, False, str(photos))
+    changed = files | {"data": files["data"] | {"workers": 2}}
+    for other in pair(train, str(tmp_path / "half"), changed, str(tmp_path / "half"), False, str(photos)):
+        assert_same_weights(both[0], other)
+        assert torch.equal(both[0]["queue"], other["queue"])
+        for name, value in both[0]["state"].items():
+            assert "running" in name or torch.equal(value, other["state"][name]), name
+
+
+def test_a_run_that_goes_on_with_other_images_says_so(tmp_path: Path) -> None:
+    train(str(tmp_path / "run"), {"steps": 2})
+    found = train(str(tmp_path / "run"), {"steps": 4}, resume=str(tmp_path / "run"), images=IMAGES[1:])
+    assert "these are not the 160 images that the run was saved with, but 159, others or in another" in found["log"]
+    train(str(tmp_path / "same"), {"steps": 2})
+    assert "these are not" not in train(str(tmp_path / "same"), {"steps": 4}, resume=str(tmp_path / "same"))["log"]
 
 
 def measured(folder: str, protocol: str) -> dict[str, float]:

@@ -164,7 +164,7 @@ def test_so_does_one_of_files_that_workers_read_started_as_people_do(
 ) -> None:
     source = moco_data / "photos" / "test"
     if kind == "shards":
-        assert main(["pack", str(source), str(tmp_path / "packed"), "--size", "2"]) == 0
+        assert main(["pack", str(source), str(tmp_path / "packed"), "--shard_size", "2"]) == 0
         source = tmp_path / "packed"
         assert len(list(source.rglob("*.tar"))) > 2
     changed = {

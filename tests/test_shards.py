@@ -8,6 +8,7 @@ import os
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -357,6 +358,19 @@ def test_a_cache_of_pixels_is_made_anew_when_the_tar_has_changed(tmp_path: Path)
         train = files(load(tar(path, {"a.png": png(level), "b.png": png(level)}), **settings).train)
         os.utime(path, ns=(level, level))
         assert train.cache is not None and levels(train) == [level, level]
+
+
+def test_training_and_test_shards_have_caches_of_their_own(tmp_path: Path) -> None:
+    for part, level in (("train", 1), ("test", 9)):
+        tar(tmp_path / "both" / part / "0000.tar", {"a.png": png(level), "b.png": png(level)})
+    for _ in range(2):  # made, and found again
+        found = load(tmp_path / "both", cache=tmp_path / "pixels", cache_side=40)
+        assert found.test is not None
+        assert [levels(files(each)) for each in found] == [[1, 1], [9, 9]]
+        made = {path: path.stat().st_mtime_ns for path in (tmp_path / "pixels").rglob("*.pixels")}
+        assert len(made) == 2
+        time.sleep(0.02)
+    assert made == {path: path.stat().st_mtime_ns for path in made}
 
 
 def test_the_sequence_is_one_for_any_number_of_workers_and_goes_on_from_any_step(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float,
         f"gradients, optimizer and queue take {held / 2**20:,.0f} MiB, activations come on top",
         f"learning rate: {lr:g} ({rule}), {config.optim.schedule}",
         f"batch norm: {meaning}",
-        f"loss: {chance:.2f} is chance, {floor:.2f} the floor with orthogonal negatives; it rises as the queue fills",
+        f"loss: {chance:.2f} is chance, {floor:.2f} the floor with orthogonal negatives"
+        + ("; it rises as the queue fills" if settings.queue_size else ""),
     ]
     if (world := dist.world_size()) > 1:
         lines.append(

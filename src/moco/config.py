@@ -226,6 +226,8 @@ CONTINUABLE = (
     "steps",
     "data.source",
     "data.workers",
+    "data.cache",
+    "data.max_bad",
     "monitor.save_every",
     "engine.accelerator",
     "engine.devices",

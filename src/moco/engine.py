@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco import dist
 from moco.config import EngineConfig
-from moco.launch import Launch, check_started, launched
+from moco.launch import Launch, check_started, launched, sharing_cores
 
 Precision = Literal["fp32", "bf16", "fp64"]
 _FABRIC_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
@@ -37,6 +37,8 @@ ASK_EVERY = 10
 """Steps between two questions among ranks whether one of them has to stop or save."""
 FAILED = 1_000
 """The answer if one of them cannot go on; signals are smaller numbers."""
+PATIENCE = datetime.timedelta(hours=2)
+"""For which ranks wait for one that makes a cache, fetches shards or draws; one that has died is noticed sooner."""
 WAIT = datetime.timedelta(days=1)
 PARTING = 20.0
 """Seconds for which a process that the first one started waits for that to leave before it."""
@@ -144,7 +146,7 @@ def processes(config: EngineConfig) -> tuple[int, int]:
 
 def threads_each(config: EngineConfig) -> int:
     """CPU threads of one process: torch's choice, shared among those of this machine unless somebody has chosen."""
-    here, _ = processes(config)
+    here = sharing_cores(processes(config)[0])
     return torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() // here)
 
 
@@ -172,13 +174,17 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
             accelerator=config.accelerator,
             devices=devices,
             num_nodes=nodes,
-            strategy=DDPStrategy(cluster_environment=_environment(launched()), **ddp_options()) if several else "auto",
+            strategy=_strategy(launched()) if several else "auto",
             precision=_FABRIC_PRECISION[config.precision],
             loggers=[TensorBoardLogger(folder, name="tensorboard", version="") for _ in loggers],
         )
         _launch(fabric)
     torch.set_num_threads(config.threads or torch.get_num_threads())  # Fabric has ideas of its own
     return fabric
+
+
+def _strategy(launch: Launch) -> DDPStrategy:
+    return DDPStrategy(cluster_environment=_environment(launch), timeout=PATIENCE, **ddp_options())
 
 
 def _environment(launch: Launch) -> LightningEnvironment | SLURMEnvironment | TorchElasticEnvironment:
@@ -305,17 +311,23 @@ def part_in_order(stopped: Stopped) -> None:
 
     Who starts processes takes one that ends as a failure, and kills the others.
     """
-    log, job = logging.getLogger("moco"), os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
-    if dist.rank() == 0 and job and os.name == "posix" and stopped.signum == signal.SIGUSR1:
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
-        job = f"{job}_{task}" if task else job
-        try:
-            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
-            log.info("job %s is queued again", job)
-        except (OSError, subprocess.CalledProcessError) as error:
-            why = str(getattr(error, "stderr", "") or error).strip()
-            log.warning("job %s could not be put back into the queue: %s", job, why)
+    if os.name == "posix" and stopped.signum == signal.SIGUSR1:
+        dist.first(_queue_again)  # the others wait: srun may end the step as soon as one has left
     if dist.rank() != 0 and launched().by == "first":
         parent, until = os.getppid(), time.monotonic() + PARTING
         while os.getppid() == parent and time.monotonic() < until:
             time.sleep(0.05)
+
+
+def _queue_again() -> None:
+    log, job = logging.getLogger("moco"), os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
+    if not job:
+        return
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{job}_{task}" if task else job
+    try:
+        subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+        log.info("job %s is queued again", job)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = str(getattr(error, "stderr", "") or error).strip()
+        log.warning("job %s could not be put back into the queue: %s", job, why)

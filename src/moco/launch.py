@@ -59,6 +59,17 @@ def check_started(environment: Mapping[str, str] = os.environ) -> None:
         )
 
 
+def sharing_cores(per_node: int, environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes, with this one, the cores are for that it may use.
+
+    Args:
+        per_node: processes on this machine.
+        environment: variables by name.
+    """
+    own = launched(environment).by == "slurm" and "SLURM_CPUS_PER_TASK" in environment
+    return 1 if own else per_node
+
+
 def _tasks(environment: Mapping[str, str]) -> int:
     """Of a job of SLURM's, unless somebody sits before it."""
     by_hand = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")

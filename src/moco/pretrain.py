@@ -18,7 +18,7 @@ from moco.briefing import briefing, cautions, environment
 from moco.config import CONTINUABLE, DataConfig, PretrainConfig, fields, merge, to_yaml
 from moco.data import GIVEN, Splits, as_images, load_data
 from moco.elastic import exactness
-from moco.engine import Stopped, StopSignal, build_fabric, loss_named, part_in_order, resolve
+from moco.engine import Stopped, StopSignal, build_fabric, loss_named, part_in_order, processes, resolve
 from moco.explore.report import refresh
 from moco.launch import launched
 from moco.monitor import COLUMNS
@@ -89,6 +89,8 @@ def pretrain(
     if earlier is None and not (ahead and (path / "config.yaml").is_file()):
         Run.refuse_taken(path)
     state = checkpoint.load(earlier.last) if earlier else None
+    if earlier and state:
+        config = _here(config, earlier, state)
     source = checkpoint.read_any(file, backbone=config.model.backbone) if file else None
     fabric = build_fabric(config.engine, config.monitor.loggers, path)
     with loss_named(path):
@@ -119,6 +121,14 @@ def _work(
         _introduce(training, run, splits)
     elif leads:
         log.info("continued at step %d of %d", training.done, training.total)
+        saved = state.get("images", {"sha256": training.images})
+        if saved["sha256"] != training.images:
+            log.warning(
+                "these are not the %s images that the run was saved with, but %s, others or in another order: it goes "
+                "on with them, not to what it would have come to",
+                f"{saved['number']:,}",
+                f"{training.num_images:,}",
+            )
         before = state.get("processes", 1)
         if before != dist.world_size():
             log.info(exactness(training.config, before, state.get("groups", 0), training.groups))
@@ -276,6 +286,20 @@ def _gone_on_with(config: PretrainConfig, earlier: Run) -> PretrainConfig:
             )
         changed |= {section: changed.get(section, {}) | {key: given}} if section else {key: given}
     return merge(earlier.config, changed)
+
+
+def _here(config: PretrainConfig, earlier: Run, state: dict[str, Any]) -> PretrainConfig:
+    """Settings to go on with, on as many processes as there are now."""
+    if (config.data.cache is None) != (earlier.config.data.cache is None):
+        raise ValueError(
+            f"{earlier.path} was begun {'with' if earlier.config.data.cache else 'without'} --data.cache, which changes"
+            " the pixels that crops are made of; only its folder may be another when a run goes on"
+        )
+    here, nodes = processes(config.engine)
+    if state.get("processes", 1) != here * nodes and config.engine.threads == earlier.config.engine.threads:
+        engine = config.engine.model_copy(update={"threads": None})  # each gets another share of the cores
+        config = config.model_copy(update={"engine": resolve(engine)})
+    return config
 
 
 def _images(config: PretrainConfig, data: Any) -> Splits:

@@ -2,22 +2,17 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from moco import dist
 from moco.config import PretrainConfig
-from moco.data import ArrayImages, Images, Splits
+from moco.data import Splits, fingerprint
 from moco.engine import StopSignal
 from moco.training import Training
 
 log = logging.getLogger("moco")
-
-NUM_COMPARED = 256
-"""Images in memory whose pixels are compared, evenly spaced ones of more."""
 
 
 def load_alike(load: Callable[[], Splits], config: PretrainConfig) -> Splits:
@@ -55,28 +50,14 @@ def _shown(text: str) -> str:
 
 def _of_settings(config: PretrainConfig) -> str:
     """All but those that say where images lie and what a machine has."""
-    return f"sha256 {hashlib.sha256(config.model_dump_json(exclude={'data', 'engine'}).encode()).hexdigest()}"
+    own = {"data": {"source", "cache", "workers", "memory"}, "engine": {"accelerator", "devices", "nodes", "threads"}}
+    return f"sha256 {hashlib.sha256(config.model_dump_json(exclude=own).encode()).hexdigest()}"
 
 
 def _of_images(splits: Splits) -> str:
     parts = [part for part in splits if part is not None]
-    digest = hashlib.sha256()
-    for part in parts:
-        _add(digest.update, part)
-    return f"{' and '.join(str(len(part)) for part in parts)} of sha256 {digest.hexdigest()}"
-
-
-def _add(update: Callable[[bytes], None], images: Images) -> None:
-    """Names without the folder that all lie in, labels, and some of the pixels that are in memory."""
-    within = len(os.path.commonprefix([os.path.dirname(path) for path in (images.paths[0], images.paths[-1])]))
-    for path in images.paths:
-        update(path[within:].encode("utf-8", "surrogateescape") + b"\0")
-    if images.labels is not None:
-        update(images.labels.numpy())
-        update("\0".join(images.classes or ()).encode("utf-8", "surrogateescape"))
-    if isinstance(images, ArrayImages):
-        chosen = torch.linspace(0, len(images) - 1, min(NUM_COMPARED, len(images))).long()
-        update(images.images[chosen].cpu().contiguous().numpy())
+    digest = hashlib.sha256("".join(map(fingerprint, parts)).encode()).hexdigest()
+    return f"{' and '.join(str(len(part)) for part in parts)} of sha256 {digest}"
 
 
 def carried_on(

@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple, final
 
 import numpy as np
 
+from moco.launch import launched
 from moco.run import disk_full_named, write_atomically
 from moco.vectors import FILES, HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta, shares
 
@@ -158,8 +159,16 @@ def same_table(folder: Path, old: Meta, new: Meta) -> None:
         raise ValueError(f"{folder} holds another share of the images; use as many processes again, or another --out")
 
 
+def own_share() -> tuple[int, int]:
+    """Which of how many processes this is: torchrun's `RANK` and `WORLD_SIZE`, or a task of SLURM's."""
+    start = launched()
+    if start.by == "slurm" and start.per_node and start.nodes:
+        return start.rank, start.per_node * start.nodes
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> None:
-    """Has a table written: by this process alone, or of several (`RANK`, `WORLD_SIZE`) each its share of the images.
+    """Has a table written: by this process alone, or of several each its share of the images.
 
     They never talk to each other: each writes a folder of its own, and the first joins them when all are finished.
 
@@ -171,7 +180,7 @@ def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> 
     Raises:
         ValueError: `out` was begun with something else, or by another number of processes.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = own_share()
     if not _finished(out, meta):
         folders = [out / f"share-{number:05}-of-{world:05}" for number in range(world)]
         other = [folder for folder in shares(out) if world == 1 or folder not in folders]

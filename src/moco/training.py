@@ -12,10 +12,13 @@ from torch import Tensor
 from moco import checkpoint, dist, randomness
 from moco.batchnorm import average_running_statistics
 from moco.config import PretrainConfig
-from moco.data import ArrayImages, Loader, Splits
+from moco.data import ArrayImages, Loader, Splits, fingerprint
+from moco.data.loader import num_workers
 from moco.elastic import regrouped
 from moco.encoder import Encoder, ImageEncoder, refuse_size
+from moco.engine import processes
 from moco.foreign import QUERY_HEAD, Foreign
+from moco.launch import sharing_cores
 from moco.model import MoCo
 from moco.monitor import Clock, Meter, Monitor, build_monitor, spread
 from moco.optim import build_optimizer, key_momentum, learning_rate, set_lr
@@ -42,6 +45,7 @@ class Training:
     total: int
     meter: Meter
     clock: Clock
+    images: str  # fingerprint of those it trains on
     groups: int  # that batch-norm statistics of a forward pass are taken over, of all ranks; 0: no such groups
     done: int = 0
     best: float = -1.0
@@ -104,6 +108,7 @@ class Training:
         return {
             "processes": dist.world_size(),
             "groups": self.groups,
+            "images": {"number": self.num_images, "sha256": self.images},
             "step": self.done,
             "model": self.core.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -238,6 +243,9 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
             f"batch_size {config.batch_size} is one image for each of {world} processes, of which there are no "
             "batch-norm statistics; raise --batch_size, or start fewer processes"
         )
+    workers = config.data.workers
+    if workers is None:
+        workers = num_workers(sharing_cores(processes(config.engine)[0]))
     specs = view_specs(config.views)
     views = TwoViews(specs, config.views.size, config.seed)
     loader = Loader(
@@ -247,7 +255,7 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
         device=fabric.device,
         rank=dist.rank(),
         world_size=world,
-        workers=config.data.workers,
+        workers=workers,
         crop=views,
         max_bad=config.data.max_bad,
     )
@@ -292,6 +300,7 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
         loader=loader,
         monitor=build_monitor(config, splits, encoder, query_encoder.projector),
         num_images=len(train),
+        images=fingerprint(train),
         in_memory=isinstance(train, ArrayImages),
         mask_own=config.model.queue_size > 0.1 * len(train) if mask is None else mask and config.model.queue_size > 0,
         total=min(total, config.steps or total),

@@ -3,6 +3,7 @@
 Floats are in [0, 1], uint8 in 0 to 255.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -103,7 +104,7 @@ def shift_hue(
     hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1).copysign_(green - blue)
     hue.add_(6 * turns[:, None, None])
     hue.sub_((hue / 6).round_(), alpha=6)  # from -3 to 3; |d| is up to 5 from a channel, 3 - ||d| - 3| the shorter way
-    away = hue[:, None] - torch.tensor([0.0, 2.0, -2.0], device=images.device, dtype=images.dtype)[:, None, None]
+    away = hue[:, None] - constant((0.0, 2.0, -2.0), images.device, images.dtype)
     away = away.abs_().sub_(3).abs_().clamp_(1, 2)
     return torch.addcmul(low.sub_(chroma)[:, None], chroma[:, None], away, out=out)
 
@@ -184,6 +185,13 @@ def centred(images: UInt8[Tensor, "n c h w"], size: int) -> UInt8[Tensor, "n c s
     return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
 
 
+@functools.lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Float[Tensor, "c 1 1"]:
+    """One number a channel, kept on the device: to bring it there each time would make the host wait for a GPU."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
+
+
 def normalise(
     images: UInt8[Tensor, "n c h w"] | Batch, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Tensor, "n c h w"]:
@@ -195,7 +203,7 @@ def normalise(
     channels = images.shape[1]
     if channels != len(mean):
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-    shift, scale = (torch.tensor(x, device=images.device, dtype=images.dtype).view(-1, 1, 1) for x in (mean, std))
+    shift, scale = (constant(x, images.device, images.dtype) for x in (mean, std))
     return (images - shift).div_(scale)
 
 

@@ -10,7 +10,6 @@ from cyclopts import Parameter
 
 from moco.console import print_table, say, stderr, working
 from moco.flags import Json
-from moco.launch import launched
 
 if TYPE_CHECKING:
     from moco.vectors import Embeddings
@@ -48,13 +47,14 @@ def embed(
     """
     from moco.embed import embed_to
     from moco.formats import convert, refuse_missing
+    from moco.table import own_share
     from moco.vectors import UNREADABLE, read_meta
 
     refuse_missing(format)
     with working(stderr()) as show:
         count = partial(show, "features")
         embed_to(out, source, images, part=part, batch_size=batch_size, precision=precision, on_progress=count)
-    if launched().rank:  # the first of several processes tells
+    if own_share()[0]:  # the first of several processes tells
         return
     written, meta = convert(out, format), read_meta(out)
     if as_json:

@@ -9,7 +9,7 @@ from moco.data.arrays import ArrayImages
 from moco.data.datasets import cifar10, cifar100, cifar_folder, digits, imagenet
 from moco.data.decode import BadImage
 from moco.data.folder import FileImages, Images, Splits, load_folder
-from moco.data.given import as_images, some_of
+from moco.data.given import as_images, fingerprint, some_of
 from moco.data.hugging_face import is_hugging_face, load_hugging_face
 from moco.data.loader import Loader, epoch_order, resized
 from moco.data.shards import is_shards, load_shards
@@ -25,6 +25,7 @@ __all__ = [
     "Splits",
     "as_images",
     "epoch_order",
+    "fingerprint",
     "load_data",
     "resized",
     "some_of",

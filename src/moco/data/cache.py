@@ -95,6 +95,7 @@ def cached(
             if rows is None:
                 bad = _make(paths, stem, side=side, channels=channels)
                 rows = _whole(stem, len(paths), channels)
+                _mapped.cache_clear()  # of this name there may have been another file
             for other in place.iterdir():
                 if other.name != "lock" and not other.name.startswith(stem.name):
                     other.unlink()
@@ -102,6 +103,7 @@ def cached(
         hint = "it goes on from there once there is room" if error.errno == errno.ENOSPC else "choose another folder"
         raise ValueError(f"data.cache {str(place)!r} cannot be written ({error.strerror}); {hint}") from None
     assert rows is not None
+    _mapped(f"{stem}.pixels")  # now, for reading processes to inherit: a later run may take the file away
     for position in np.flatnonzero(rows[:, 1] == 0).tolist():
         why = f"it was not when {str(place)!r} was made; remove that folder to try again"
         bad.setdefault(position, BadImage(paths[position], why))

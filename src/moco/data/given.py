@@ -1,5 +1,7 @@
 """Images that a program hands over: tensors, arrays, lists of pictures, datasets."""
 
+import hashlib
+import os
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,9 @@ from moco.data.decode import luma
 from moco.data.folder import FileImages, Images
 from moco.spacing import evenly
 from moco.transforms import pixels_of
+
+NUM_COMPARED = 256
+"""Images in memory of which a fingerprint holds the pixels, evenly spaced ones of more."""
 
 
 def as_images(given: Any, *, channels: int = 3) -> Images:
@@ -89,3 +94,21 @@ def _from_sequence(given: Any, channels: int) -> tuple[Tensor, Tensor | None]:
 def some_of(images: Images, most: int) -> Images:
     """All images, or so many at even distances."""
     return images if len(images) <= most else images.select(evenly(len(images), most).tolist())
+
+
+def fingerprint(images: Images) -> str:
+    """SHA-256 of the names, without the folder that all lie in, of the labels, and of some pixels in memory.
+
+    Files are not opened.
+    """
+    digest = hashlib.sha256()
+    within = len(os.path.commonprefix([os.path.dirname(path) for path in (images.paths[0], images.paths[-1])]))
+    for path in images.paths:
+        digest.update(path[within:].encode("utf-8", "surrogateescape") + b"\0")
+    if images.labels is not None:
+        digest.update(images.labels.numpy())
+        digest.update("\0".join(images.classes or ()).encode("utf-8", "surrogateescape"))
+    if isinstance(images, ArrayImages):
+        chosen = torch.linspace(0, len(images) - 1, min(NUM_COMPARED, len(images))).long()
+        digest.update(images.images[chosen].cpu().contiguous().numpy())
+    return digest.hexdigest()

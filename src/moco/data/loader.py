@@ -255,9 +255,12 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def num_workers(world_size: int) -> int:
-    """This rank's share of the cores, one less: it works too."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(world_size, max(1, torch.accelerator.device_count()))
+def num_workers(here: int) -> int:
+    """A process's share of the cores, one less: it works too.
+
+    Args:
+        here: processes that share the cores that this one may use.
+    """
     return min(MAX_WORKERS, max(1, _num_cores() // here - 1))
 
 

@@ -195,7 +195,9 @@ def _load(source: str, tars: list[str], config: DataConfig, known: tuple[str, ..
         tensor = None if labels is None else torch.tensor(labels)
         images = FileImages(tuple(named.paths), tensor, classes, (), config.channels)
     else:
-        images = _read(_Listing(named.paths, labels, classes), Path(source), config, budget)
+        # Training and test images of one source are kept apart.
+        part = Path(source, tars[0].rpartition("/")[0].rpartition("/")[2])
+        images = _read(_Listing(named.paths, labels, classes), part, config, budget)
     return replace(images, skipped=(*(each.path for each in named.lost), *images.skipped))
 
 

@@ -71,10 +71,11 @@ def evaluate(
     run = Run.open(source) if (Path(source) / "config.yaml").is_file() else None
     chosen = _resolved(given, way, run)
     start = launched()
-    if (start.per_node or 1) * (start.nodes or 1) > 1 and not way.in_shares(given):
+    number = (start.per_node or 1) * (start.nodes or 1)
+    if number > 1 and (start.by != "torchrun" or not way.in_shares(given)):
         raise ValueError(
-            f"several processes cannot share --protocol {protocol}{f' --form {given.form}' if given.form else ''}; "
-            "start one, without torchrun or srun"
+            f"{number} processes cannot share --protocol {protocol}{f' --form {given.form}' if given.form else ''}: "
+            "knn and the fast form of linear are shared, by torchrun; start this once"
         )
     device = own_device(chosen.accelerator)
     encoder = load_encoder(source, backbone=backbone).to(device)
