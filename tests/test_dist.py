@@ -163,7 +163,7 @@ def norm_net(kind: str, *, affine: bool = True) -> nn.Module:
     ).double()
     for p in net.parameters():
         if p.ndim == 1:
-            nn.init.normal_(p, mean=0.5, std=0.3)
+            nn.init.uniform_(p, 0.5, 1.5)  # near none, the next layer would magnify rounding
     return convert(net, kind)
 
 

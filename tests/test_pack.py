@@ -182,6 +182,20 @@ def test_killed_at_any_image_it_goes_on_and_ends_as_if_undisturbed(folder: Path,
     assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}.items()
 
 
+def test_a_part_of_what_was_packed_is_refused(folder: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "out", shard_size=8 * KIB)
+    tars = sorted((tmp_path / "out").rglob("*.tar"))
+    assert len(tars) > 1
+    tars[-1].rename(tmp_path / "elsewhere.tar")
+    with pytest.raises(
+        ValueError, match=f"lacks 1 of the shards that its pack.json names, the first is '{tars[-1].name}'"
+    ):
+        load_data(DataConfig(source=str(tmp_path / "out")))
+    (tmp_path / "out" / "pack.json").unlink()
+    with pytest.raises(ValueError, match="is not packed to its end; the same `moco pack` command goes on"):
+        load_data(DataConfig(source=str(tmp_path / "out")))
+
+
 def test_a_shard_that_was_damaged_is_written_again(folder: Path, tmp_path: Path) -> None:
     pack(folder, tmp_path / "out", shard_size=8 * KIB)
     before = everything(tmp_path / "out")

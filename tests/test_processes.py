@@ -29,7 +29,7 @@ from moco.engine import Stopped
 from moco.evaluate import Task
 from moco.evaluate.reading import read
 from moco.monitor import AT_ONCE, shared
-from moco.ranks import share_bad
+from moco.ranks import share_bad, start_alike
 from moco.run import Run
 from moco.training import Training
 from small import TINY, SmallBackbone
@@ -422,6 +422,21 @@ def test_two_processes_see_the_files_that_one_sees_and_replace_the_same(
             assert "running" in name or torch.equal(value, other["state"][name]), name
 
 
+def begin(done: int, anew: bool) -> str:
+    try:
+        start_alike(done + dist.rank(), anew=anew)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@two_processes
+def test_processes_that_read_other_checkpoints_say_so(pair: Pair) -> None:
+    assert pair(begin, 5, True) == ["", ""]
+    for line in pair(begin, 5, False):
+        assert line.startswith("process 1 goes on at step 6, process 0 goes on at step 5; --out and --resume have to")
+
+
 def test_a_run_that_goes_on_with_other_images_says_so(tmp_path: Path) -> None:
     train(str(tmp_path / "run"), {"steps": 2})
     found = train(str(tmp_path / "run"), {"steps": 4}, resume=str(tmp_path / "run"), images=IMAGES[1:])
@@ -561,6 +576,14 @@ def test_one_that_is_told_to_stop_stops_both_one_that_dies_ends_both_and_one_pro
     assert "begun on 2 processes, now 1" in (run / "log.txt").read_text()
 
 
+def alive(process: int) -> bool:
+    """Neither gone nor waiting for somebody to hear that it has."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @two_processes
 @pytest.mark.slow
 def test_the_first_process_starts_the_others_and_sigterm_to_it_stops_all(tmp_path: Path) -> None:
@@ -574,4 +597,15 @@ def test_the_first_process_starts_the_others_and_sigterm_to_it_stops_all(tmp_pat
     assert process.returncode == 128 + signal.SIGTERM
     assert stdout == "" and stderr.count("stopped by SIGTERM") == 1
     assert checkpoint.load(run / "checkpoints" / "last.ckpt")["processes"] == 2
+
+    process = subprocess.Popen([*command[:4], "--resume", str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for_step(run, checkpoint.load(run / "checkpoints" / "last.ckpt")["step"] + 5)
+    others = [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 60
+    while others and time.monotonic() < end:
+        others = [each for each in others if alive(each)]
+        time.sleep(0.2)
+    assert not others
     assert main(["pretrain", "--resume", str(run), "--engine.devices", "1", "--steps", "400"]) == 0

@@ -66,18 +66,19 @@ def exchange(x: Shaped[Tensor, "n ..."], order: Int64[Tensor, " m"], *, back: bo
     order = order.argsort() if back else order
     if world == 1:
         return x[order.to(x.device, non_blocking=True)]
-    # Row j lives on rank j mod world, there at j // world.
-    asked = [order[to::world] for to in range(world)]
-    leaving = [rows[rows % world == here] // world for rows in asked]
-    arriving = [(asked[here] % world == source).nonzero().flatten() for source in range(world)]
+    # Row j lives on rank j mod world, there at j // world. What travels is ordered by rank, then by its new place.
+    places = (order % world == here).nonzero().flatten()  # of this rank's rows in the new batch
+    to, sources = places % world, order[here::world] % world
+    leaving = order[places[to.argsort(stable=True)]] // world
+    arriving = sources.argsort(stable=True)
     travelled = x.new_empty(x.shape)
     torch_dist.all_to_all_single(
         travelled,
-        x[torch.cat(leaving).to(x.device, non_blocking=True)].contiguous(),
-        output_split_sizes=[len(places) for places in arriving],
-        input_split_sizes=[len(rows) for rows in leaving],
+        x[leaving.to(x.device, non_blocking=True)].contiguous(),
+        output_split_sizes=sources.bincount(minlength=world).tolist(),
+        input_split_sizes=to.bincount(minlength=world).tolist(),
     )
-    return torch.empty_like(x).index_copy_(0, torch.cat(arriving).to(x.device, non_blocking=True), travelled)
+    return torch.empty_like(x).index_copy_(0, arriving.to(x.device, non_blocking=True), travelled)
 
 
 def in_shares(

@@ -179,6 +179,8 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
             loggers=[TensorBoardLogger(folder, name="tensorboard", version="") for _ in loggers],
         )
         _launch(fabric)
+    if several and launched().by == "first" and dist.rank():
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(config.threads or torch.get_num_threads())  # Fabric has ideas of its own
     return fabric
 
@@ -192,6 +194,14 @@ def _environment(launch: Launch) -> LightningEnvironment | SLURMEnvironment | To
     if launch.by == "torchrun":
         return TorchElasticEnvironment()
     return SLURMEnvironment(auto_requeue=False) if launch.by == "slurm" else LightningEnvironment()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process, which the first one started, soon after that has: in a collective it would wait for long."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(PARTING / 2)
+    os._exit(1)
 
 
 def _launch(fabric: Fabric) -> None:

@@ -27,12 +27,11 @@ from moco.data.folder import report_bad
 from moco.data.index import Content, Index, Stamp, to_bytes, write
 from moco.data.keys import keys_of, suffix_of
 from moco.data.members import open_image, read_image
-from moco.data.shards import CLASSES, MANIFEST
+from moco.data.shards import CLASSES, MANIFEST, PLAN
 from moco.data.tar import BLOCK, Member, scan
 
 SHARD_SIZE = 512
 """MiB that a shard has, about."""
-PLAN = ".plan.json"
 _STREAMED = 1e-9  # GiB of decoded images to hold: none
 _RECORD = 20 * BLOCK  # what tar fills its files up to
 

@@ -24,7 +24,7 @@ from moco.launch import launched
 from moco.monitor import COLUMNS
 from moco.optim import resolved_lr
 from moco.pictures import draw_results, draw_start
-from moco.ranks import carried_on, load_alike, share_bad
+from moco.ranks import carried_on, load_alike, share_bad, start_alike
 from moco.recipes import load_recipe
 from moco.run import MetricsWriter, Run
 from moco.training import Training, prepare
@@ -101,6 +101,7 @@ def pretrain(
             training.restore(state, earlier.last)
         if source and file:
             training.adopt(source, file)
+        start_alike(training.done, anew=not earlier)
         run = earlier or Run(path, config)
         dist.first(run.remove_partial if earlier else lambda: _begin(run))
         with run.logged() if dist.rank() == 0 else nullcontext(), StopSignal() as signals:

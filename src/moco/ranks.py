@@ -44,6 +44,25 @@ def load_alike(load: Callable[[], Splits], config: PretrainConfig) -> Splits:
     return splits
 
 
+def start_alike(done: int, *, anew: bool) -> None:
+    """That all ranks are where the others are; each has looked for a checkpoint and read it by itself.
+
+    Args:
+        done: steps that this rank's weights have made.
+        anew: they have been drawn, not read.
+
+    Raises:
+        ValueError: on all ranks: they are not.
+    """
+    said = dist.everyone("begins" if anew else f"goes on at step {done}")
+    for number, text in enumerate(said):
+        if text != said[0]:
+            raise ValueError(
+                f"process {number} {text}, process 0 {said[0]}; --out and --resume have to name one folder that all "
+                "machines see alike: if it was written to a moment ago, start again"
+            )
+
+
 def _shown(text: str) -> str:
     return text.rpartition(" ")[0] + " " + text.rpartition(" ")[2][:8]
 

@@ -32,7 +32,7 @@ from moco.data.remote import is_remote
 
 WINDOW = 16
 """Remote shards that are drawn from at a time: part of the order of images, so the same on every machine."""
-MANIFEST, CLASSES = "pack.json", "classes.json"
+MANIFEST, PLAN, CLASSES = "pack.json", ".plan.json", "classes.json"
 """Beside packed shards: which there are, and the names of the class numbers."""
 HELD_OUT = ("test", "val", "valid")
 _AT_ONCE = 16  # shards asked for at a time
@@ -118,9 +118,30 @@ def _parts(source: str) -> tuple[list[str], list[str]]:
         return _manifest(source.rstrip("/"))
     folder = Path(source).expanduser()
     if direct := _tars(folder):
-        return direct, []
-    held_out = (_tars(folder / name) for name in HELD_OUT)
-    return _tars(folder / "train"), next((tars for tars in held_out if tars), [])
+        train, test = direct, []
+    else:
+        held_out = (_tars(folder / name) for name in HELD_OUT)
+        train, test = _tars(folder / "train"), next((tars for tars in held_out if tars), [])
+    if train:
+        _refuse_part(folder, {*train, *test})
+    return train, test
+
+
+def _refuse_part(folder: Path, there: set[str]) -> None:
+    """Refuses a part of what `moco pack` was to write or has written."""
+    if (folder / MANIFEST).is_file():
+        try:
+            named = json.loads((folder / MANIFEST).read_bytes())["shards"]
+            lacking = sorted(name for names in named.values() for name in names if str(folder / name) not in there)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / MANIFEST} cannot be read ({' '.join(str(error).split())})") from None
+        if lacking:
+            raise ValueError(
+                f"{str(folder)!r} lacks {len(lacking)} of the shards that its {MANIFEST} names, the first is "
+                f"{lacking[0]!r}; copy them there, or give a pattern of those that you want"
+            )
+    elif (folder / PLAN).is_file():
+        raise ValueError(f"{str(folder)!r} is not packed to its end; the same `moco pack` command goes on with it")
 
 
 def _tars(folder: Path) -> list[str]:
