@@ -9,7 +9,7 @@ from jaxtyping import Shaped
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from moco import checkpoint, dist, randomness
+from moco import checkpoint, convolution, dist, randomness
 from moco.batchnorm import average_running_statistics
 from moco.config import PretrainConfig
 from moco.data import ArrayImages, Loader, Splits, fingerprint
@@ -269,6 +269,8 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
     origin = checkpoint.initialise(core, config) if config.init_from and fresh else ""
     if config.engine.precision == "fp64":
         core = core.double()
+    if config.engine.accelerator == "cpu" and config.engine.precision == "bf16":
+        convolution.convert(core.query_encoder)
     if config.engine.channels_last:
         core = core.to(memory_format=torch.channels_last)
     trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
