@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 LEAST_CHANNELS, LARGEST_MAP = 192, 7
 """From how many channels and up to which side of the output the products were faster, at every size measured."""
@@ -26,7 +27,7 @@ class _Products(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, ctx.stride, ctx.padding)
+            grad_x = conv2d_input(x.shape, weight, grad, ctx.stride, ctx.padding)
         return grad_x, _weight_gradient(grad, x, weight, ctx.stride, ctx.padding), None, None
 
 
@@ -46,9 +47,11 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, paddi
 class SmallMapConv2d(nn.Module):
     """A convolution without bias; parameter and result are those of torch's Conv2d."""
 
-    def __init__(self, weight: nn.Parameter, *, stride: int, padding: int):
+    weight: Tensor
+
+    def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        self.weight, self.stride, self.padding = weight, stride, padding
+        self.weight, self.stride, self.padding = conv.weight, conv.stride[0], int(conv.padding[0])
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d oh ow"]:
         here = x.device.type
@@ -69,4 +72,4 @@ def convert(module: nn.Module) -> None:
         (side, other), (stride, second), padding = child.kernel_size, child.stride, child.padding
         square = side == other and stride == second and not isinstance(padding, str) and padding[0] == padding[1]
         if plain and square and min(child.in_channels, child.out_channels) >= LEAST_CHANNELS:
-            setattr(module, name, SmallMapConv2d(child.weight, stride=stride, padding=int(padding[0])))
+            setattr(module, name, SmallMapConv2d(child))
