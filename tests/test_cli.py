@@ -81,7 +81,12 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     for name, attributes in {
         "moco.pretrain": {"pretrain": fake.pretrain, "Progress": Progress},
         "moco.auto": {"auto_config": fake.auto_config},
-        "moco.engine": {"Stopped": Stopped, "choose_precision": lambda accelerator: "fp32"},
+        "moco.engine": {
+            "Stopped": Stopped,
+            "BF16_UNITS": ("amx_bf16", "avx512_bf16", "bf16"),
+            "choose_precision": lambda accelerator: "fp32",
+            "cpu_flags": lambda: frozenset({"avx512_bf16"}),
+        },
         "moco.evaluate": {"evaluate": fake.evaluate},
     }.items():
         module = types.ModuleType(name)
@@ -334,6 +339,7 @@ def test_a_resumed_run_may_find_its_images_and_threads_elsewhere(library: Librar
         (["--epochs", "9"], "--epochs was given with --resume"),
         (["--optim.base_lr", "9"], "--optim.base_lr was given with --resume"),
         (["--data.size", "9"], "--data.size was given with --resume"),
+        (["--data.cache_side", "64"], "--data.cache_side was given with --resume"),
     ],
 )
 def test_a_resumed_run_refuses_to_become_another(

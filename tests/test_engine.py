@@ -156,6 +156,7 @@ def test_processes_that_do_not_meet_say_why(known: str, tmp_path: Path, monkeypa
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}
+SALLOC = {"SLURM_JOB_NAME": "interactive", "SLURM_STEP_ID": "0"}
 SLURM = {"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_JOB_ID": "7"}
 
 
@@ -167,6 +168,9 @@ SLURM = {"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_
         (SLURM | {"SLURM_STEP_ID": "0"}, Launch("slurm", 3, 8, 2)),
         (SLURM | {"SLURM_STEP_ID": "0"} | TORCHRUN, Launch("torchrun", 9, 8, 2)),
         (SLURM | {"SLURM_JOB_NAME": "bash"}, Launch("alone", 0)),
+        # srun below salloc, whose shell the job is named after; and a step that has fewer nodes than the job.
+        (SLURM | SALLOC | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1"}, Launch("slurm", 3, 4, 1)),
+        (SLURM | SALLOC | {"SLURM_STEP_NUM_TASKS": "1"}, Launch("alone", 0)),
         (SLURM | {"SLURM_NTASKS": "1"}, Launch("alone", 0)),
         ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, Launch("first", 1)),
     ],
@@ -249,6 +253,28 @@ def test_a_signal_is_remembered_and_interrupts_nothing(signum: signal.Signals) -
         time.sleep(0.01)
         assert signals.agreed(2, due=False, device=CPU) == (signum, False)
     assert handlers() == before
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(0.001, [1, 2, 10, 20]), (0.6, [1, 2, 3, 4, 5])])
+def test_ranks_ask_each_other_every_ten_steps_or_at_every_one_if_steps_are_slow(
+    seconds: float, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, seen = 0.0, []
+
+    def agree(word: int, device: torch.device) -> int:
+        seen.append(step)
+        return word
+
+    monkeypatch.setattr("moco.dist.world_size", lambda: 2)
+    monkeypatch.setattr("moco.dist.agree", agree)
+    monkeypatch.setattr("moco.engine.time.monotonic", lambda: now)
+    signals = StopSignal()
+    for step in range(1, 26):
+        now += seconds
+        assert signals.agreed(step, due=False, device=CPU) == (0, False)
+    assert seen[: len(asked)] == asked
+    signals.received = signal.SIGTERM
+    assert signals.agreed(30, due=False, device=CPU) == (signal.SIGTERM, True)
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])

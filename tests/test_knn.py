@@ -14,8 +14,8 @@ from moco.config import DataConfig, parse_config
 from moco.data import ArrayImages, Splits, load_data
 from moco.encoder import ImageEncoder, build_backbone
 from moco.evaluate import held_out
-from moco.evaluate.contract import ROWS_AT_ONCE, balanced, check_finite
-from moco.evaluate.knn import few_label_accuracy, knn_accuracy, knn_scores
+from moco.evaluate.contract import ROWS_AT_ONCE, accuracies, balanced, check_finite
+from moco.evaluate.knn import few_label_accuracy, knn_scores
 
 CLASSES = 7
 
@@ -85,12 +85,14 @@ def test_more_voters_than_images_are_all_images():
 
 def test_with_fewer_than_five_classes_top5_is_everything_that_can_be_right():
     bank, labels = torch.eye(3), torch.arange(3)
-    got = knn_accuracy(bank, labels, torch.eye(3), torch.tensor([0, 1, 1]), k=3, temperature=0.1)
+    scores = knn_scores(bank, labels, torch.eye(3), k=3, temperature=0.1)
+    got = accuracies(scores, torch.tensor([0, 1, 1]))
     assert got == {"top1": pytest.approx(200 / 3), "top5": 100.0}
 
 
 def test_a_class_without_training_images_is_never_right():
-    got = knn_accuracy(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), torch.tensor([0, 5]), k=1, temperature=0.1)
+    scores = knn_scores(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), k=1, temperature=0.1)
+    got = accuracies(scores, torch.tensor([0, 5]))
     assert got == {"top1": 50.0, "top5": 50.0}
 
 

@@ -119,6 +119,11 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
         (name, value), *_ = inner.items()
         with pytest.raises(ValueError, match=rf"was begun with --{section}.{name} .*, now it is {value}; go on with"):
             moco.pretrain(settings(changed), out=run, resume=run, data=IMAGES)
+        with pytest.raises(ValueError, match=rf"was begun with --{section}.{name} .*, now it is {value}; go on with"):
+            moco.pretrain(settings(changed), resume=run, data=IMAGES)
+    with pytest.raises(ValueError, match="^out is .*elsewhere and resume .*run; a run goes on in its own folder"):
+        moco.pretrain(settings(), out=tmp_path / "elsewhere", resume=run, data=IMAGES)
+    assert moco.pretrain(settings(steps=4), resume=run, data=IMAGES).metrics[-1]["step"] == 4
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError):

@@ -245,6 +245,44 @@ def test_rows_past_the_checkpoint_and_half_a_row_are_cut(stopped: Path, undistur
     assert_equal_runs(undisturbed, stopped, but_for="python")
 
 
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing catches it."""
+
+
+def test_told_to_stop_before_knn_it_saves_first_and_looks_when_it_goes_on(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moco.monitor import Monitor
+    from moco.training import Training
+
+    step, run = Training.step, tmp_path / "run"
+
+    def told(training: Training, *batch: Any) -> None:
+        if training.done == 21:
+            signal.raise_signal(signal.SIGTERM)
+        step(training, *batch)
+
+    def killed(monitor: Monitor) -> dict[str, float]:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "step", told)
+        patched.setattr(Monitor, "look", killed)
+        with pytest.raises(Killed):
+            main(
+                [
+                    "pretrain",
+                    str(recipe(tmp_path, {"monitor": SETTINGS["monitor"] | {"save_every": 3600}})),
+                    "--out",
+                    str(run),
+                ]
+            )
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["step"] == 22
+    assert Run.open(run).metrics[-1]["step"] == 20
+    assert main(["pretrain", "--resume", str(run)]) == 0
+    assert_equal_runs(undisturbed, run, but_for="python")
+
+
 def test_a_second_ctrl_c_stops_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

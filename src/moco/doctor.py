@@ -13,6 +13,7 @@ from torch import nn
 from moco.config import DataConfig, PretrainConfig
 from moco.data.datasets import cifar_folder
 from moco.data.folder import SUFFIXES
+from moco.engine import BF16_UNITS, choose_precision, cpu_flags
 from moco.recipes import load_recipe
 from moco.variants import build_model
 
@@ -51,15 +52,17 @@ def examine(recipe: str | None = None) -> list[Row]:
 def machine() -> list[Row]:
     """Processor, memory and disk."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    flags = _cpu_flags()
+    flags = cpu_flags()
     if flags is None:
         fast = Row("bf16 on CPU", "not told by this system")
     elif "amx_bf16" in flags:
         fast = Row("bf16 on CPU", "AMX", "amx_bf16: a matrix unit; bf16 pays")
     elif "avx512_bf16" in flags:
         fast = Row("bf16 on CPU", "AVX-512", "avx512_bf16: vectors only; bf16 may pay")
+    elif "bf16" in flags:
+        fast = Row("bf16 on CPU", "Arm BF16", "bf16 pays")
     else:
-        fast = Row("bf16 on CPU", "no", "neither amx_bf16 nor avx512_bf16: bf16 would be emulated")
+        fast = Row("bf16 on CPU", "no", f"none of {', '.join(BF16_UNITS)}: bf16 would be emulated")
     total, free = _memory()
     disk = shutil.disk_usage(".").free
     return [
@@ -85,8 +88,6 @@ def versions() -> list[Row]:
 
 def devices() -> list[Row]:
     """Accelerators, and the arithmetic that `--engine.precision auto` stands for on each kind."""
-    from moco.engine import choose_precision
-
     rows = []
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found:
@@ -172,14 +173,6 @@ def sizes(config: PretrainConfig) -> tuple[int, int, int]:
     backbone(torch.empty(1, config.data.channels, config.views.size, config.views.size, device="meta"))
     query = sum(weight.numel() for weight in model.query_encoder.parameters())
     return query, sum(weight.numel() for weight in model.parameters()), numbers
-
-
-def _cpu_flags() -> set[str] | None:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return None
-    return {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
 
 
 def _memory() -> tuple[int, int]:

@@ -18,10 +18,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moco import dist
 from moco.config import DataConfig
 from moco.data import ArrayImages, BadImage, FileImages, Images, as_images, load_data, resized
 from moco.data.decode import decode, quiet_pillow
 from moco.encoder import ImageEncoder
+from moco.launch import launched, own_cores
 from moco.scratch import room
 from moco.table import Unreadable, Writer, write_shared
 from moco.transforms import centred, normalise
@@ -232,8 +234,8 @@ def _batches(
         except BadImage as bad:
             return bad
 
-    # As many threads as cores: each holds one picture at its full size.
-    with quiet_pillow(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    # As many threads as this process may use cores: each holds one picture at its full size.
+    with quiet_pillow(), ThreadPoolExecutor(own_cores(launched().per_node or dist.world_size())) as pool:
         waiting: deque[tuple[range, list[Future[Tensor | BadImage]]]] = deque()
         try:
             for which in [*batches, *[range(0)] * READ_AHEAD]:

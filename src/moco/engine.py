@@ -3,6 +3,7 @@
 import datetime
 import inspect
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -35,6 +36,8 @@ _FABRIC_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
 }
 ASK_EVERY = 10
 """Steps between two questions among ranks whether one of them has to stop or save."""
+SLOW_STEP = 0.5
+"""Seconds of a step from which they ask at every one: torchrun and SLURM kill 30 seconds after the first signal."""
 FAILED = 1_000
 """The answer if one of them cannot go on; signals are smaller numbers."""
 PATIENCE = datetime.timedelta(hours=2)
@@ -57,13 +60,21 @@ class Stopped(Exception):
         self.signum, self.path = signum, path
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AMX or AVX512_BF16 on x86, BF16 on Arm)."""
+BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
+"""What Linux calls the units that multiply bf16: AMX and AVX-512 on x86, and that of Arm."""
+
+
+def cpu_flags() -> frozenset[str] | None:
+    """What this processor says it can do; None where the system has no /proc/cpuinfo."""
     try:
-        flags = Path("/proc/cpuinfo").read_text().lower().split()
+        return frozenset(Path("/proc/cpuinfo").read_text().lower().split())
     except OSError:
-        return False
-    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(flags)
+        return None
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively."""
+    return not (cpu_flags() or frozenset()).isdisjoint(BF16_UNITS)
 
 
 def choose_accelerator(name: str) -> str:
@@ -179,7 +190,7 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
             loggers=[TensorBoardLogger(folder, name="tensorboard", version="") for _ in loggers],
         )
         _launch(fabric)
-    if several and launched().by == "first" and dist.rank():
+    if several and launched().by == "first" and os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(config.threads or torch.get_num_threads())  # Fabric has ideas of its own
     return fabric
@@ -274,6 +285,8 @@ class StopSignal:
         self.received = 0
         self.failure: Exception | None = None
         """Why this rank cannot go on; the others hear of it at the next question."""
+        self._asked, self._asked_at = 0, -math.inf  # the step of the last question, and when it was
+        self._every = 1  # until it is known how long a step takes
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -294,7 +307,8 @@ class StopSignal:
     def agreed(self, step: int, *, due: bool, device: torch.device, at_once: bool = False) -> tuple[int, bool]:
         """The signal to stop for (0: none) and whether a checkpoint is due, the same on all ranks.
 
-        The other ranks are asked only every few steps: each question is one word, and makes the host wait.
+        The other ranks are asked only every few steps, unless a step takes long: each question is one word, and makes
+        the host wait.
 
         Args:
             step: the same on all ranks, as is `at_once`.
@@ -307,10 +321,14 @@ class StopSignal:
         """
         if dist.world_size() == 1:
             return self.received, due
-        if step % ASK_EVERY and not at_once:
+        if step % self._every and not at_once:
             return 0, False
         own = FAILED if self.failure else 1 + self.received if self.received else int(due)
-        word = dist.agree(own, device)
+        now = time.monotonic()
+        slow = now - self._asked_at > SLOW_STEP * max(1, step - self._asked)
+        word, slow_anywhere = divmod(dist.agree(2 * own + slow, device), 2)
+        self._asked, self._asked_at = step, time.monotonic()
+        self._every = 1 if slow_anywhere else ASK_EVERY
         if word == FAILED:
             dist.fail_together(self.failure)
         return max(0, word - 1), word > 0
@@ -323,7 +341,7 @@ def part_in_order(stopped: Stopped) -> None:
     """
     if os.name == "posix" and stopped.signum == signal.SIGUSR1:
         dist.first(_queue_again)  # the others wait: srun may end the step as soon as one has left
-    if dist.rank() != 0 and launched().by == "first":
+    if launched().by == "first" and os.environ.get("LOCAL_RANK", "0") != "0":
         parent, until = os.getppid(), time.monotonic() + PARTING
         while os.getppid() == parent and time.monotonic() < until:
             time.sleep(0.05)

@@ -35,7 +35,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
         per_node = int(here["LOCAL_WORLD_SIZE"])
         return Launch("torchrun", int(here["RANK"]), per_node, int(here["WORLD_SIZE"]) // per_node)
     if _tasks(here) > 1 and "SLURM_STEP_ID" in here:
-        nodes = int(here.get("SLURM_NNODES", "1"))
+        nodes = int(here.get("SLURM_STEP_NUM_NODES", here.get("SLURM_NNODES", "1")))
         return Launch("slurm", int(here["SLURM_PROCID"]), _tasks(here) // nodes, nodes)
     if "LOCAL_RANK" in here:
         local, node = int(here["LOCAL_RANK"]), int(here.get("NODE_RANK", "0"))
@@ -70,7 +70,19 @@ def sharing_cores(per_node: int, environment: Mapping[str, str] = os.environ) ->
     return 1 if own else per_node
 
 
+def own_cores(per_node: int) -> int:
+    """Cores for this process: its share of those it may use.
+
+    Args:
+        per_node: processes on this machine.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // sharing_cores(per_node))
+
+
 def _tasks(environment: Mapping[str, str]) -> int:
-    """Of a job of SLURM's, unless somebody sits before it."""
+    """How many processes SLURM starts: of this step, else of the job, unless that is an interactive shell."""
+    if "SLURM_STEP_NUM_TASKS" in environment:  # srun's own word; below salloc it keeps the shell's job name
+        return int(environment["SLURM_STEP_NUM_TASKS"])
     by_hand = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return 1 if by_hand else int(environment.get("SLURM_NTASKS", "1"))

@@ -16,8 +16,9 @@ from moco.data import ArrayImages, Images, Splits, some_of
 from moco.embed import features, pixels
 from moco.encoder import ImageEncoder
 from moco.evaluate import HeldOut, held_out
+from moco.evaluate.contract import accuracies
 from moco.evaluate.health import measure, two_crops, view_features
-from moco.evaluate.knn import few_label_accuracy, knn_accuracy, projected
+from moco.evaluate.knn import QUERIES_AT_ONCE, few_label_accuracy, knn_scores, projected
 from moco.model import Output
 from moco.views import TwoViews, view_specs
 
@@ -209,21 +210,18 @@ class Monitor:
         if self.watched is None:
             return {}
         held, (bank, queries) = self.watched, [self._features(images) for images in self.watched]
-        return dist.first(
-            lambda: {
-                "knn_top1": self._accuracy(bank, queries, held),
-                "knn_projection_top1": self._accuracy(
-                    projected(self.projector, bank), projected(self.projector, queries), held
-                ),
-            }
-        )
+        seen = (projected(self.projector, vectors) for vectors in (bank, queries))
+        return {
+            "knn_top1": self._accuracy(bank, queries, held),
+            "knn_projection_top1": self._accuracy(*seen, held),
+        }
 
     def measure(self) -> dict[str, float]:
         """Accuracies of the encoder on the images of the final table."""
         if self.final is None:
             return {}
         held, (bank, queries) = self.final, [self._features(images) for images in self.final]
-        return dist.first(lambda: self._table_row(bank, queries, held))
+        return self._table_row(bank, queries, held)
 
     def measure_pixels(self) -> dict[str, float]:
         """The same for raw pixels, plain or with the training mean subtracted: the better of both, each time."""
@@ -232,13 +230,9 @@ class Monitor:
         held, size = self.final, min(self.encoder.input_size, 32)
         width = self.encoder.channels * size * size
         bank, queries = (shared(images, lambda part: pixels(part, size=size), width, self._device) for images in held)
-
-        def better() -> dict[str, float]:
-            plain, centre = self._table_row(bank, queries, held), bank.mean(dim=0)
-            moved = self._table_row(bank - centre, queries - centre, held)
-            return {name: max(plain[name], moved[name]) for name in plain}
-
-        return dist.first(better)
+        plain, centre = self._table_row(bank, queries, held), bank.mean(dim=0)
+        moved = self._table_row(bank - centre, queries - centre, held)
+        return {name: max(plain[name], moved[name]) for name in plain}
 
     @property
     def _device(self) -> torch.device:
@@ -253,20 +247,32 @@ class Monitor:
         return shared(images, work, encoder.num_features, self._device)
 
     def _accuracy(self, bank: Tensor, queries: Tensor, held: HeldOut) -> float:
-        watch = self.config.monitor
-        k, temperature = watch.knn_k, watch.knn_temperature
-        return knn_accuracy(bank, held.train_labels, queries, held.test_labels, k=k, temperature=temperature)["top1"]
+        """KNN top-1 in percent; each rank asks about a share, on its device."""
+        watch, labels, device = self.config.monitor, held.train_labels, self._device
+
+        def votes(which: range) -> Tensor:
+            asked = queries[which.start : which.stop].to(device)
+            return knn_scores(bank, labels, asked, k=watch.knn_k, temperature=watch.knn_temperature).cpu()
+
+        number, classes = len(queries), int(labels.max()) + 1
+        scores = dist.in_shares(votes, number, classes, at_once=QUERIES_AT_ONCE, device=device)
+        return accuracies(scores, held.test_labels)["top1"]
 
     def _table_row(self, bank: Tensor, queries: Tensor, held: HeldOut) -> dict[str, float]:
         labels, asked = held.train_labels, held.test_labels
         row = {"knn_top1": self._accuracy(bank, queries, held)}
         counts = torch.bincount(labels)
         smallest = int(counts[counts > 0].min())
-        if len(counts) <= MAX_CLASSES_FEW:
-            for name, number in (("one_label", 1), ("five_labels", 5)):
-                if number <= smallest:
-                    row[name] = few_label_accuracy(bank, labels, queries, asked, labels_per_class=number)
-        return row
+
+        def few() -> dict[str, float]:
+            vectors = bank.to(self._device), queries.to(self._device)
+            return {
+                name: few_label_accuracy(vectors[0], labels, vectors[1], asked, labels_per_class=number)
+                for name, number in (("one_label", 1), ("five_labels", 5))
+                if number <= smallest
+            }
+
+        return row | (dist.first(few) if len(counts) <= MAX_CLASSES_FEW else {})
 
 
 def build_monitor(config: PretrainConfig, splits: Splits, encoder: ImageEncoder, projector: nn.Module) -> Monitor:

@@ -83,6 +83,8 @@ def pretrain(
     either = resume is not None and out is not None and Path(out) == Path(resume)
     ahead = either and not (Path(out or "") / "checkpoints" / "last.ckpt").is_file()
     earlier = None if resume is None or file or ahead else Run.open(resume)
+    if earlier and out is not None and not either:
+        raise ValueError(f"out is {out} and resume {resume}; a run goes on in its own folder: leave out away")
     config = _settings(config, data, earlier, again=either)
     path = earlier.path if earlier else Path(out) if out else _free_folder(config)
     # A run that was killed before its first checkpoint holds nothing that is not made again.
@@ -99,6 +101,8 @@ def pretrain(
         training = prepare(config, splits, fabric, fresh=not (earlier or file), groups=groups)
         if earlier and state:
             training.restore(state, earlier.last)
+            # The weights have been copied: only what `_work` says of the earlier part is kept for hours.
+            state = {name: state[name] for name in ("images", "processes", "groups", "unlogged") if name in state}
         if source and file:
             training.adopt(source, file)
         start_alike(training.done, anew=not earlier)
@@ -133,13 +137,16 @@ def _work(
         before = state.get("processes", 1)
         if before != dist.world_size():
             log.info(exactness(training.config, before, state.get("groups", 0), training.groups))
-    if training.done == training.total and "trained encoder" in run.results:  # it had finished
+    if dist.first(lambda: training.done == training.total and "trained encoder" in run.results):  # it had finished
         return
-    table = MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=training.done, active=leads)
+    unlogged = bool(state and state.get("unlogged"))
+    table = MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=training.done - unlogged, active=leads)
     with closing(table) as metrics:
         if state is None:
             training.save(run, metrics, run.last)  # from here on a killed run can be continued
-        _train(training, run, metrics, signals, show if leads else (lambda progress: None))
+        elif unlogged:
+            _note(training, run, metrics, signals, show if leads else None, look=True)
+        _train(training, run, metrics, signals, show if leads else None)
     watch = training.monitor
     found = watch.measure()
 
@@ -151,7 +158,7 @@ def _work(
     dist.first(conclude)
 
 
-def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSignal, show: Show) -> None:
+def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSignal, show: Show | None) -> None:
     config, loader, device = training.config, training.loader, training.fabric.device
     first, saved, bad = training.done, time.monotonic(), set[str]()
     training.clock.start()
@@ -166,16 +173,10 @@ def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSi
             told, due = signals.agreed(training.done, due=due, device=device, at_once=ends_epoch or finished)
             if ends_epoch and not training.in_memory:
                 share_bad(loader.bad, bad, num_images=training.num_images, max_bad=config.data.max_bad)
+            if told and looks and not finished:  # kNN may take longer than whoever told us waits
+                training.save(run, metrics, run.last, unlogged=True)
             if looks or training.done % config.monitor.log_every == 0:
-                row = _row(training, look=bool(looks))
-                metrics.write(row)
-                training.fabric.log_dict({k: v for k, v in row.items() if k not in ("step", "epoch")}, training.done)
-                show(Progress(training.done, training.total, epoch, row))
-                if not finished and dist.rank() == 0 and (refresh(run) or looks):
-                    training.clock.start()
-                if config.monitor.split == "heldout" and row.get("knn_top1", -1) > training.best:
-                    training.best = row["knn_top1"]
-                    training.save(run, metrics, run.best)
+                _note(training, run, metrics, signals, show, look=bool(looks))
             if dist.world_size() == 1:  # a signal that came while kNN was taken
                 told, due = signals.received, due or time.monotonic() - saved > config.monitor.save_every
             if told or due or finished:
@@ -189,6 +190,29 @@ def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSi
                 break
     if dist.rank() == 0:
         log.info("trained %d steps in %.0f s", training.done - first, training.clock.state()["train_seconds"])
+
+
+def _note(
+    training: Training, run: Run, metrics: MetricsWriter, signals: StopSignal, show: Show | None, *, look: bool
+) -> None:
+    """A row into metrics.csv, the loggers, the progress bar and the report; and the best encoder so far is kept."""
+    row, finished = _row(training, look=look), training.done == training.total
+    if show:
+        epoch = (training.done - 1) // training.loader.steps_per_epoch
+        try:
+            metrics.write(row)
+            numbers = {name: value for name, value in row.items() if name not in ("step", "epoch")}
+            training.fabric.log_dict(numbers, training.done)
+            show(Progress(training.done, training.total, epoch, row))
+            if not finished and (refresh(run) or look):
+                training.clock.start()
+        except OSError as error:
+            if dist.world_size() == 1:
+                raise
+            signals.failure = error  # a full disk, say: the others hear of it at the next question
+    if training.config.monitor.split == "heldout" and row.get("knn_top1", -1) > training.best:
+        training.best = row["knn_top1"]
+        training.save(run, metrics, run.best)
 
 
 def _row(training: Training, *, look: bool) -> dict[str, float]:
@@ -249,6 +273,7 @@ def _settings(
     config: str | Path | PretrainConfig | None, data: Any, earlier: Run | None, *, again: bool = False
 ) -> PretrainConfig:
     """The settings in force, every choice of the engine made; `again`: those of `earlier` have been given anew."""
+    by_name = isinstance(config, str | Path)
     if config is None:
         if earlier:
             earlier.refuse_code()
@@ -266,19 +291,25 @@ def _settings(
         config = load_recipe(str(config))
     if data is not None:
         config = merge(config, {"data": {"source": str(data) if isinstance(data, str | Path) else GIVEN}})
-    if earlier and again:
-        config = _gone_on_with(config, earlier)
+    if earlier:
+        config = _gone_on_with(config, earlier, left_open=again or by_name)
     return config.model_copy(update={"engine": resolve(config.engine)})
 
 
-def _gone_on_with(config: PretrainConfig, earlier: Run) -> PretrainConfig:
-    """Settings of a run, but for those that may change while it goes on; the others have to be given as before."""
+def _gone_on_with(config: PretrainConfig, earlier: Run, *, left_open: bool) -> PretrainConfig:
+    """Settings of a run, but for those that may change while it goes on; the others have to be given as before.
+
+    Args:
+        config: settings to go on with.
+        earlier: the run.
+        left_open: what `config` does not give, and may change, is as before.
+    """
     changed: dict[str, Any] = {}
     for name in fields():
         section, _, key = name.rpartition(".")
         given, begun = (getattr(getattr(each, section) if section else each, key) for each in (config, earlier.config))
-        left_open = given in (None, "auto") and name.startswith(("engine.", *CONTINUABLE))
-        if given == begun or left_open:
+        as_before = given in (None, "auto") and (section == "engine" or (left_open and name in CONTINUABLE))
+        if given == begun or as_before:
             continue
         if name not in CONTINUABLE:
             raise ValueError(

@@ -70,7 +70,9 @@ def _shown(text: str) -> str:
 def _of_settings(config: PretrainConfig) -> str:
     """All but those that say where images lie and what a machine has."""
     own = {"data": {"source", "cache", "workers", "memory"}, "engine": {"accelerator", "devices", "nodes", "threads"}}
-    return f"sha256 {hashlib.sha256(config.model_dump_json(exclude=own).encode()).hexdigest()}"
+    # Where the cache lies is each one's own; whether there is one decides which pixels crops are made of.
+    said = f"{config.model_dump_json(exclude=own)} {config.data.cache is None}"
+    return f"sha256 {hashlib.sha256(said.encode()).hexdigest()}"
 
 
 def _of_images(splits: Splits) -> str:

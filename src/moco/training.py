@@ -103,9 +103,14 @@ class Training:
         device = self.fabric.device if self.in_memory else None
         return torch.zeros(shape, dtype=torch.uint8, device=device), torch.zeros(number, dtype=torch.int64)
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: all that the rest of the run follows from, whatever the number of processes."""
+    def state(self, *, unlogged: bool = False) -> dict[str, Any]:
+        """For a checkpoint: all that the rest of the run follows from, whatever the number of processes.
+
+        Args:
+            unlogged: the row of the last step, with kNN, is still to be written.
+        """
         return {
+            "unlogged": unlogged,
             "processes": dist.world_size(),
             "groups": self.groups,
             "images": {"number": self.num_images, "sha256": self.images},
@@ -115,6 +120,7 @@ class Training:
             "meter": self.meter.state(),
             "clock": self.clock.state(),
             "best": self.best,
+            "used": list(self.used),
             "random": randomness.state(),
             "config": self.config.model_dump(mode="json"),
         }
@@ -123,6 +129,7 @@ class Training:
         checkpoint.load_weights(self.core, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self.best = state["step"], state["best"]
+        self.used = tuple(state.get("used", self.used))
         self.meter.restore(state["meter"])
         self.clock.restore(state["clock"])
         randomness.restore(state["random"])
@@ -186,7 +193,7 @@ class Training:
             result[number] = {key: state[key] for key in kept}
         return result
 
-    def save(self, run: Run, metrics: MetricsWriter, path: Path) -> None:
+    def save(self, run: Run, metrics: MetricsWriter, path: Path, *, unlogged: bool = False) -> None:
         """Of several ranks the first writes; all have to call this, and all fail if it cannot."""
         average_running_statistics(self.core)
         self.meter.level()
@@ -198,7 +205,7 @@ class Training:
 
         def write() -> None:
             metrics.sync()
-            checkpoint.save(path, self.state())
+            checkpoint.save(path, self.state(unlogged=unlogged))
             checkpoint.save_encoder(run.path, self.monitor.encoder)
 
         dist.first(write)

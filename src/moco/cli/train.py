@@ -141,7 +141,7 @@ def _resumed(run: Path, recipe: str | None, out: Path | None, given: dict[str, A
     # To name the code again that a run names is to say that one trusts it.
     trusted = given.get("views", {}).get("recipe") == opened.config.views.recipe
     own = (*CONTINUABLE, "views.recipe") if trusted else CONTINUABLE
-    fixed = [f"--{name}" for name in names if not name.startswith(own)]
+    fixed = [f"--{name}" for name in names if name not in own]
     if fixed:
         raise ValueError(f"{fixed[0]} was given with --resume; a run goes on with its own settings: start a new one")
     if not trusted:

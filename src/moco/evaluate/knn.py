@@ -86,21 +86,6 @@ def knn(train: Embeddings, test: Embeddings, *, k: int = 200, temperature: float
 
 
 @torch.inference_mode()
-def knn_accuracy(
-    bank: Vectors,
-    bank_labels: Labels,
-    queries: Float[Tensor, "m f"],
-    query_labels: Int64[Tensor, " m"],
-    *,
-    k: int,
-    temperature: float,
-) -> dict[str, float]:
-    """`top1` and `top5` in percent, on tensors."""
-    scores = knn_scores(bank, bank_labels, queries, k=k, temperature=temperature)
-    return accuracies(scores, query_labels)
-
-
-@torch.inference_mode()
 def knn_scores(
     bank: Vectors | np.ndarray, bank_labels: Labels, queries: Float[Tensor, "m f"], *, k: int, temperature: float
 ) -> Float[Tensor, "m classes"]:
@@ -128,7 +113,7 @@ def few_label_accuracy(
 ) -> float:
     """Accuracy in percent of the nearest of a few labelled images per class, mean over fixed random draws of them.
 
-    What a person gets who labels one image, or five, of each class.
+    What a person gets who labels one image, or five, of each class. The work is done where the vectors are.
 
     Raises:
         ValueError: a class has fewer images than are to be labelled.
@@ -144,6 +129,6 @@ def few_label_accuracy(
         chosen = torch.cat(
             [each[torch.randperm(len(each), generator=generator)[:labels_per_class]] for each in members]
         )
-        nearest = (queries @ bank[chosen].T).argmax(dim=1)
+        nearest = (queries @ bank[chosen.to(bank.device)].T).argmax(dim=1).cpu()
         hits.append((bank_labels[chosen][nearest] == query_labels).double().mean())
     return 100 * torch.stack(hits).mean().item()
