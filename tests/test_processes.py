@@ -601,6 +601,14 @@ def test_the_first_process_starts_the_others_and_sigterm_to_it_stops_all(tmp_pat
     process = subprocess.Popen([*command[:4], "--resume", str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_for_step(run, checkpoint.load(run / "checkpoints" / "last.ckpt")["step"] + 5)
     others = [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(others[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0 and b"moco: another process of the run has ended" in stderr
+
+    step = checkpoint.load(run / "checkpoints" / "last.ckpt")["step"]
+    process = subprocess.Popen([*command[:4], "--resume", str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for_step(run, step + 5)
+    others = [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.kill()
     process.communicate()
     end = time.monotonic() + 60
