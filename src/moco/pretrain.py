@@ -15,7 +15,7 @@ from moco import checkpoint, dist
 from moco.auto import auto_config
 from moco.batchnorm import average_running_statistics
 from moco.briefing import briefing, cautions, environment
-from moco.config import CONTINUABLE, DataConfig, PretrainConfig, fields, merge, to_yaml
+from moco.config import CONTINUABLE, DataConfig, PretrainConfig, fields, merge
 from moco.data import GIVEN, Splits, as_images, load_data
 from moco.elastic import exactness
 from moco.engine import Stopped, StopSignal, build_fabric, loss_named, part_in_order, processes, resolve
@@ -107,7 +107,7 @@ def pretrain(
             training.adopt(source, file)
         start_alike(training.done, anew=not earlier)
         run = earlier or Run(path, config)
-        dist.first(run.remove_partial if earlier else lambda: _begin(run))
+        dist.first(run.remove_partial if earlier else run.begin)
         with run.logged() if dist.rank() == 0 else nullcontext(), StopSignal() as signals:
             try:
                 _work(training, run, splits, state, signals, on_progress or (lambda progress: None))
@@ -260,13 +260,6 @@ def _introduce(training: Training, run: Run, splits: Splits) -> None:
         refresh(run)
 
     dist.first(show)
-
-
-def _begin(run: Run) -> None:
-    """The folder of a new run."""
-    run.last.parent.mkdir(parents=True, exist_ok=True)
-    run.remove_partial()
-    run.write_text("config.yaml", to_yaml(run.config))
 
 
 def _settings(

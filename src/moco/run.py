@@ -99,10 +99,15 @@ class Run:
             FileExistsError: there is something there already.
         """
         Run.refuse_taken(path)
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         run = Run(path, config)
-        run.write_text("config.yaml", to_yaml(config))
+        run.begin()
         return run
+
+    def begin(self) -> None:
+        """Makes the folder, over what a process left that was killed before its first checkpoint."""
+        self.last.parent.mkdir(parents=True, exist_ok=True)
+        self.remove_partial()
+        self.write_text("config.yaml", to_yaml(self.config))
 
     @staticmethod
     def refuse_taken(path: Path) -> None:
