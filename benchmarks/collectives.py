@@ -20,11 +20,12 @@ FLAG_EVERY, ROW_EVERY = 10, 10
 
 
 class Payload(NamedTuple):
-    """Bytes that a rank hands over at a step; `sums` in so many messages."""
+    """Bytes that a rank hands over at a step; batch norm's `means` and `sums` in so many messages."""
 
     gradients: int
     keys: int
     images: int
+    means: int
     sums: int
     messages: int
 
@@ -37,19 +38,17 @@ def payload(recipe: str, images: int) -> Payload:
     encoder = model.query_encoder
     assert isinstance(encoder, Encoder)
     directions = 2 if model.symmetric else 1
-    # Forward a mean and a variance, backward the gradients of both; the key encoder has no backward.
-    norms = [
-        (module.num_features, 2 if name.startswith("key_encoder") else 4)
-        for name, module in model.named_modules()
-        if isinstance(module, SyncBatchNorm)
-    ]
+    # Forward a mean and a variance, gathered, backward two sums, added up; the key encoder has no backward.
+    norms = [(name, module.num_features) for name, module in model.named_modules() if isinstance(module, SyncBatchNorm)]
+    learning = [(name, channels) for name, channels in norms if not name.startswith("key_encoder")]
     exchanged = choose_batchnorm(config.model) in ("split", "shuffle") and config.model.variant != "v3"
     return Payload(
         gradients=4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
         keys=4 * directions * images * config.model.dim,
         images=4 * directions * images * config.data.channels * config.views.size**2 if exchanged else 0,
-        sums=sum(4 * 2 * channels * times for channels, times in norms),
-        messages=sum(2 * times for _, times in norms),
+        means=4 * 2 * directions * sum(channels for _, channels in norms),
+        sums=4 * 2 * directions * sum(channels for _, channels in learning),
+        messages=directions * (len(norms) + len(learning)),
     )
 
 
@@ -60,7 +59,7 @@ def seconds(of: Payload, ranks: int, *, bandwidth: float, latency: float, gather
     rank that needs them, images take (W - 1) / W s / B.
     """
     share = (ranks - 1) / ranks
-    moved = 2 * share * (of.gradients + of.sums) + (ranks - 1) * of.keys
+    moved = 2 * share * (of.gradients + of.sums) + (ranks - 1) * (of.keys + of.means)
     moved += of.images * ((ranks - 1) if gathered else share)
     return moved / bandwidth + latency * (of.messages + 4)
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WORLD = 2
 SECONDS = 120
@@ -61,6 +63,24 @@ class Pair:
         self._process.join(10)
         if self._process.is_alive():
             self._process.kill()
+
+
+class Payload(TorchDispatchMode):
+    """What this rank hands to collectives: c10d's own operators, those that DDP calls from C++ too."""
+
+    HANDED = {"allreduce_": 0, "broadcast_": 0, "allgather_": 1, "_allgather_base_": 1, "alltoall_base_": 1}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            given = args[self.HANDED[name]]  # another operator than these is an error
+            tensors = [given] if isinstance(given, Tensor) else given
+            self.calls.append((name, sum(each.numel() * each.element_size() for each in tensors)))
+        return func(*args, **(kwargs or {}))
 
 
 def _start(module: str, store: str, connections: list[Connection]) -> None:

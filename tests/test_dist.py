@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import moco
-from distributed import Pair
+from distributed import Pair, Payload
 from moco import dist
 from moco.batchnorm import SplitBatchNorm2d, average_running_statistics, convert
 from moco.config import ModelConfig
@@ -204,6 +204,66 @@ def test_sync_batch_norm_over_two_processes_is_that_of_the_full_batch(pair: Pair
     torch.testing.assert_close(
         global_order([each["bf16"] for each in answers]), rounded.detach(), rtol=2**-7, atol=1e-3
     )
+
+
+def kept_by_sync(channels_last: bool) -> dict[str, Any]:
+    norm = convert(nn.Sequential(nn.BatchNorm2d(24)), "sync")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(8, 24, 6, 5).bfloat16().contiguous(memory_format=layout).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with Payload() as handed:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = norm(x)
+        forward = len(handed.calls)
+        out.backward(torch.ones(8, 24, 6, 5, dtype=torch.bfloat16))  # not in the layout of the images
+    assert x.grad is not None
+    return {
+        "kept": sum(kept.values()),
+        "images": x.nbytes,
+        "forward": handed.calls[:forward],
+        "backward": handed.calls[forward:],
+        "dtypes": [each.dtype for each in (out, x.grad)],
+        "layout": all(each.is_contiguous(memory_format=layout) for each in (out, x.grad)),
+    }
+
+
+@two_processes
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_sync_batch_norm_keeps_its_input_alone_and_hands_over_twice(pair: Pair, channels_last: bool) -> None:
+    for each in pair(kept_by_sync, channels_last):
+        assert each["kept"] == each["images"] + 3 * 4 * 24  # mean, 1/std and scale beside it, in fp32
+        assert each["forward"] == [("_allgather_base_", 2 * 4 * 24)]
+        assert each["backward"] == [("allreduce_", 2 * 4 * 24)]
+        assert each["dtypes"] == [torch.bfloat16] * 2 and each["layout"]
+
+
+def far_from_zero(seed: int) -> Tensor:
+    return norm_images(seed, torch.float32) + 10_000
+
+
+def through_far_sync() -> dict[str, Any]:
+    norm, x = convert(nn.Sequential(nn.BatchNorm2d(3)), "sync"), dist.local(far_from_zero(0)).clone().requires_grad_()
+    out = norm(x)
+    (out * dist.local(norm_images(1, torch.float32))).sum().backward()
+    return {"out": out.detach(), "x": x.grad, "variance": norm.get_buffer("0.running_var")}
+
+
+@two_processes
+def test_sync_batch_norm_cancels_no_digits_far_from_zero(pair: Pair) -> None:
+    answers = pair(through_far_sync)
+    norm, x = nn.BatchNorm2d(3).double(), far_from_zero(0).double().requires_grad_()
+    out = norm(x)
+    (out * norm_images(1)).sum().backward()
+    for name, expected in (("out", out.detach()), ("x", x.grad)):
+        ours = global_order([each[name] for each in answers]).double()
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)  # a float32 near 10,000 is known to 1e-3
+    for each in answers:
+        torch.testing.assert_close(each["variance"].double(), norm.running_var, rtol=1e-5, atol=0)
 
 
 # Training

@@ -16,10 +16,9 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import moco
-from distributed import Pair
+from distributed import Pair, Payload
 from moco import backbones, checkpoint, dist
 from moco.cli import main
 from moco.config import DataConfig, EvaluateConfig, PretrainConfig, merge, parse_config
@@ -87,24 +86,6 @@ class Bare(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(images.flatten(1)).relu()
-
-
-class Payload(TorchDispatchMode):
-    """What this rank hands to collectives: c10d's own operators, those that DDP calls from C++ too."""
-
-    HANDED = {"allreduce_": 0, "broadcast_": 0, "allgather_": 1, "_allgather_base_": 1, "alltoall_base_": 1}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func.overloadpacket.__name__
-            given = args[self.HANDED[name]]  # another operator than these is an error
-            tensors = [given] if isinstance(given, Tensor) else given
-            self.calls.append((name, sum(each.numel() * each.element_size() for each in tensors)))
-        return func(*args, **(kwargs or {}))
 
 
 def train(
@@ -196,10 +177,17 @@ def test_two_processes_train_as_one_and_hand_over_no_more_than_they_must(way: st
         expected += number * n * (DIM + 1) + number * n * 3 * 64  # keys and whose they are; images, once
     else:
         expected += 2 * number * n * DIM
-        # Sums and squared sums: two views forward through both encoders and the predictor, and back but for the keys.
+        # Means and variances of two views forward through both encoders and the predictor, two sums back but for keys.
         channels = sum(c * (4 if name.startswith("key_encoder") else 8) for name, c in first["norms"])
         assert first["norms"]
         expected += number * channels
+        gathered, keys = 2 * len(first["norms"]), 2
+        summed = 2 * sum(not name.startswith("key_encoder") for name, _ in first["norms"])
+        for each in (first, second):
+            for step in each["steps"][2:]:
+                names = [name for name, size in step]
+                assert names.count("_allgather_base_") == gathered + keys
+                assert names.count("allreduce_") == summed + 1  # gradients, all in one bucket
     for each in (first, second):
         assert {sum(size for _, size in step) for step in each["steps"][2:]} == {expected}
         # Between steps: five sums for each row of metrics.csv, a word every ten steps and where an epoch ends.

@@ -125,24 +125,53 @@ class SplitBatchNorm2d(_TrackedNorm):
         return self.after(out if self.grouped else torch.empty_like(out).index_copy_(0, order, out))
 
 
+class _SyncedNorm(torch.autograd.Function):
+    """Batch norm over the batches of all ranks: one message forward, one backward, and of the batch only `x` is kept.
+
+    Returns the output and, for the running statistics, the mean and biased variance over all ranks.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        wide, axes = torch.promote_types(x.dtype, torch.float32), [0, *range(2, x.ndim)]
+        own = x.mean(axes, keepdim=True, dtype=wide)  # 1 c 1 1
+        spread = (x - own).square_().mean(axes)  # two passes: no cancellation
+        means, variances = dist.gather(torch.stack([own.flatten(), spread])[None]).unbind(dim=1)  # ranks c
+        mean = means.mean(dim=0)
+        var = variances.mean(dim=0) + (means - mean).square().mean(dim=0)  # Chan et al. 1979, for equal counts
+        invstd = torch.rsqrt(var + eps)
+        scale = invstd if weight is None else invstd * weight.to(wide)
+        out = (x - mean.view_as(own)).mul_(scale.view_as(own))
+        if bias is not None:
+            out += bias.to(wide).view_as(own)
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.mark_non_differentiable(mean, var)
+        return out.to(x.dtype), mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        x, weight, mean, invstd = ctx.saved_tensors
+        axes, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+        normal = (x - mean.view(shape)).mul_(invstd.view(shape))
+        own = torch.stack([grad.sum(axes, dtype=mean.dtype), (grad * normal).sum(axes)])
+        along_one, along_normal = dist.all_reduce_sum(own) / (x.numel() // x.shape[1] * dist.world_size())
+        scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+        grad_x = normal.mul_(-along_normal.view(shape)).add_(grad).sub_(along_one.view(shape)).mul_(scale.view(shape))
+        grad_bias, grad_weight = (None, None) if weight is None else own.to(weight.dtype)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+
+
 class SyncBatchNorm(_TrackedNorm):
-    """Batch norm over the batches of all ranks, by differentiable all-reduce; any device and dtype."""
+    """Batch norm over the batches of all ranks, each with as many images; any device, dtype and memory format."""
 
     def forward(self, x: Float[Tensor, "n c *hw"]) -> Float[Tensor, "n c *hw"]:
         if not self.training or dist.world_size() == 1:
             return self.after(self._plain(x))
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        axes = [0, *range(2, x.ndim)]
-        shape = [1, -1] + [1] * (x.ndim - 2)
+        out, mean, var = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)
         count = x.numel() // x.shape[1] * dist.world_size()
-        mean = dist.all_reduce_sum(wide.sum(axes)) / count
-        centred = wide - mean.view(shape)
-        var = dist.all_reduce_sum(centred.square().sum(axes)) / count  # two passes: no cancellation
         self._track(mean, var * (count / max(count - 1, 1)))
-        out = centred * torch.rsqrt(var + self.eps).view(shape)
-        if self.weight is not None and self.bias is not None:
-            out = out * self.weight.to(wide.dtype).view(shape) + self.bias.to(wide.dtype).view(shape)
-        return self.after(out.to(x.dtype))
+        return self.after(out)
 
 
 def convert(module: nn.Module, kind: str, *, num_splits: int = 8, grouped: bool = False) -> nn.Module:

@@ -28,9 +28,9 @@ def gather(x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     world = world_size()
     if world == 1:
         return x.detach()
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
-    torch_dist.all_gather(parts, x.detach().contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
+    rows = x.new_empty(world * len(x), *x.shape[1:])  # one tensor: as many as there are ranks would keep the host busy
+    torch_dist.all_gather_into_tensor(rows, x.detach().contiguous())
+    return rows.unflatten(0, (world, len(x))).transpose(0, 1).flatten(0, 1)
 
 
 def local(x: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "n ..."]:
