@@ -5,13 +5,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import moco
 from distributed import Pair, Payload
 from moco import dist
 from moco.batchnorm import SplitBatchNorm2d, average_running_statistics, convert
 from moco.config import ModelConfig
-from moco.model import QueueMoCo
+from moco.model import BatchMoCo, QueueMoCo
 from moco.variants import choose_batchnorm
 from published import Trace, published_v1, published_v3
 from small import (
@@ -323,6 +325,38 @@ def test_v3_on_two_processes_trains_as_published_in_float64(pair: Pair, resnet: 
     )
     for answer in pair(train_v3, resnet):
         assert_same_training(as_trace(answer), published)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [each.numel() for each in tree_leaves(made) if isinstance(each, Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return made
+
+
+def largest_of_v3(n: int) -> dict[str, Any]:
+    views = torch.randn(2, n, 1, 2, 2, generator=torch.Generator().manual_seed(dist.rank()))
+    model = BatchMoCo(Pixels(), nn.Identity(), 0.5)
+    with Largest() as largest:
+        out = model(views[0], views[0])
+    return {"numbers": largest.numbers, "positive": out.positive, "negative": out.negative, "view": views[0]}
+
+
+@two_processes
+def test_v3_compares_a_ranks_queries_with_all_keys_and_no_more(pair: Pair) -> None:
+    n = 20
+    answers = pair(largest_of_v3, n)
+    everything = torch.nn.functional.normalize(global_order([each["view"] for each in answers]).flatten(1))
+    for rank, each in enumerate(answers):
+        assert each["numbers"] <= n * (2 * n + 1)  # similarities to the positive and to all keys
+        assert each["positive"] == pytest.approx(1)
+        others = (everything @ everything.T).fill_diagonal_(0)[rank::2]
+        assert each["negative"] == pytest.approx(float(others.sum() / (n * (2 * n - 1))), abs=1e-6)
 
 
 @two_processes

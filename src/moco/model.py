@@ -145,6 +145,6 @@ class BatchMoCo(MoCo):
         self.predictor = predictor
 
     def _contrast(self, view: Images, keys: Keys, ids: Ids | None) -> tuple:
-        own = dist.local(torch.eye(len(keys), dtype=torch.bool, device=keys.device))
+        own = dist.local(number := torch.arange(len(keys), device=keys.device))[:, None] == number  # n m: not m m
         loss, *watched = self._compare(self.predictor(self.query_encoder(view)), dist.local(keys), keys, own)
         return 2 * self.temperature * loss, *watched  # v3, algorithm 1
