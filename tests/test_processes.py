@@ -150,8 +150,10 @@ def assert_same_weights(one: dict[str, Any], other: dict[str, Any], within: floa
             torch.testing.assert_close(value, other["state"][name], rtol=0, atol=within, msg=name)
 
 
+V1, SPLIT = {"variant": "v1"}, {"batchnorm": "split", "bn_splits": 2}
 WAYS = {
-    "v2, images exchanged": ({"steps": STEPS}, {"model": {"batchnorm": "split", "bn_splits": 2}}),
+    "v1, images exchanged": ({"steps": STEPS, "model": V1}, {"model": V1 | SPLIT}),
+    "v2, images exchanged": ({"steps": STEPS}, {"model": SPLIT}),
     "v3, statistics of the whole batch": ({"steps": STEPS, "model": V3, "optim": {"name": "lars"}}, {}),
 }
 
@@ -173,7 +175,7 @@ def test_two_processes_train_as_one_and_hand_over_no_more_than_they_must(way: st
     # What was handed over, in bytes, of float64: every step the same. DDP settles its buckets in the first two.
     n, number = BATCH // 2, 8
     expected = number * first["parameters"]
-    if "v2" in way:
+    if "exchanged" in way:
         expected += number * n * (DIM + 1) + number * n * 3 * 64  # keys and whose they are; images, once
     else:
         expected += 2 * number * n * DIM
