@@ -1,4 +1,4 @@
-"""Two processes that talk over gloo and run what a test asks of them: `pair(function, argument)`.
+"""Two processes, or more, that talk over gloo and run what a test asks of them: `pair(function, argument)`.
 
 `function` stands at the top level of the test module; it returns tensors and plain values.
 """
@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WORLD = 2
 SECONDS = 120
 
 
 class Pair:
-    """Both processes, kept for all tests of a module: each start costs seconds.
+    """The processes, kept for all tests of a module: each start costs seconds.
 
     Args:
         folder: an empty one, where they meet.
         module: name of the test module that the functions come from.
+        world: how many processes.
     """
 
-    def __init__(self, folder: Path, module: str):
+    def __init__(self, folder: Path, module: str, world: int = 2):
         context = multiprocessing.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(WORLD)]
+        pipes = [context.Pipe() for _ in range(world)]
         self._connections = [ours for ours, _ in pipes]
         theirs = [theirs for _, theirs in pipes]
         self._process = context.Process(target=_start, args=(module, str(folder / "store"), theirs))
@@ -84,27 +84,29 @@ class Payload(TorchDispatchMode):
 
 
 def _start(module: str, store: str, connections: list[Connection]) -> None:
-    """Imports everything once, then becomes two processes."""
+    """Imports everything once, then becomes as many processes as there are connections."""
     from jaxtyping import install_import_hook
 
     # As in conftest.py, and before the test module imports the package.
     install_import_hook("moco", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
     importlib.import_module(module)
     importlib.import_module("moco.engine")
-    child = os.fork()
-    rank = 0 if child else 1
-    connections[1 - rank].close()
-    _serve(rank, store, connections[rank])
-    if not child:
+    world = len(connections)
+    rank = next((rank for rank in range(1, world) if os.fork() == 0), 0)
+    for other in {*range(world)} - {rank}:
+        connections[other].close()
+    _serve(rank, world, store, connections[rank])
+    if rank:
         os._exit(0)
-    os.waitpid(child, 0)
+    for _ in range(1, world):
+        os.wait()
 
 
-def _serve(rank: int, store: str, connection: Connection) -> None:
+def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
     torch.set_num_threads(1)
     patience = timedelta(seconds=SECONDS // 2)
     torch.distributed.init_process_group(
-        "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=WORLD, timeout=patience
+        "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=world, timeout=patience
     )
     while True:
         try:

@@ -40,6 +40,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Generator[Pair]:
     pair.close()
 
 
+@pytest.fixture(scope="module", params=[3, 4])
+def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Pair]:
+    several = Pair(tmp_path_factory.mktemp("several"), __name__, request.param)
+    yield several
+    several.close()
+
+
 def global_order(parts: list[Tensor]) -> Tensor:
     """Row i of rank r is row i * world_size + r."""
     return torch.stack(parts, dim=1).flatten(0, 1)
@@ -129,6 +136,45 @@ def test_rows_go_where_they_are_wanted_and_ranks_agree(pair: Pair) -> None:
     alone = exchanged()
     assert alone["there"] and alone["back"]
     assert (alone["agreed"], alone["said"], alone["first"]) == ([0, 7], ["I am 0"], {"rank": 0})
+
+
+def among_several() -> dict[str, Any]:
+    n, (rank, world) = 24, (dist.rank(), dist.world_size())
+    torch.manual_seed(rank)
+    batch = torch.arange(2.0 * n).view(n, 2, 1, 1).expand(n, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    mine, numbers = dist.local(batch), torch.arange(n)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    orders = [dist.global_permutation(n, mine.device, seed) for seed in seeds]
+    # Nothing travels; all goes to the next rank; the old ranks' rows one behind the other.
+    orders += [numbers, numbers.roll(1), numbers.view(-1, world).T.flatten()]
+    images = torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    images += numbers.view(n, 1, 1, 1)
+    synced = convert(nn.Sequential(nn.BatchNorm2d(3)), "sync").double()(dist.local(images)).detach()
+    whole = nn.BatchNorm2d(3).double()(images).detach()
+    return {
+        "world": world,
+        "mine": mine.flatten(1)[:, 0].tolist(),
+        "gathered": torch.equal(dist.gather(mine), batch),
+        "local": torch.equal(dist.local(dist.gather(mine)), mine),
+        "there": [torch.equal(dist.exchange(mine, order), batch[order][rank::world]) for order in orders],
+        "back": [torch.equal(dist.exchange(dist.exchange(mine, order), order, back=True), mine) for order in orders],
+        "orders": torch.stack([*orders, dist.permutation(n, mine.device, None)]),
+        "norm": float((synced - dist.local(whole)).abs().max()),
+    }
+
+
+@two_processes
+def test_more_than_two_processes_deal_out_and_exchange_rows_as_two_do(several: Pair) -> None:
+    answers = several(among_several)
+    world = len(answers)
+    for rank, each in enumerate(answers):
+        assert each["world"] == world
+        assert each["mine"] == [2 * row for row in range(rank, 24, world)]
+        assert each["gathered"] and each["local"]
+        assert all(each["there"]) and all(each["back"]) and len(each["there"]) == 8
+        assert torch.equal(each["orders"], answers[0]["orders"])  # the last, too, though each had a seed of its own
+        assert torch.equal(each["orders"].sort(dim=1).values, torch.arange(24).expand(9, 24))
+        assert each["norm"] < 1e-11
 
 
 def failed(first: bool) -> str:

@@ -218,6 +218,40 @@ def test_a_run_goes_on_on_one_process_and_on_two_again(pair: Pair, tmp_path: Pat
         assert losses[0][-1] == pytest.approx(losses[1][-1], abs=1e-9)
 
 
+@pytest.fixture
+def four(tmp_path_factory: pytest.TempPathFactory) -> Generator[Pair]:
+    four = Pair(tmp_path_factory.mktemp("four"), __name__, 4)
+    yield four
+    four.close()
+
+
+@two_processes
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [{}, V3], ids=["v2", "v3"])
+def test_a_run_begun_on_two_processes_goes_on_on_four_and_on_two_again(
+    model: dict[str, Any], pair: Pair, four: Pair, tmp_path: Path
+) -> None:
+    run, other = str(tmp_path / "run"), str(tmp_path / "other")
+    upto = {steps: {"steps": steps, "model": model} for steps in (3, 7, 11)}
+    for folder in (run, other):
+        pair(train, folder, upto[3])
+    on_four = four(train, run, upto[7], run)
+    on_two = pair(train, run, upto[11], run)
+    # v3 is the same on any number. v2 has four groups from where it was on four, and keeps them.
+    expected = four(train, other, upto[11], other)[0]
+    for each in on_two:
+        assert_same_weights(each, expected)
+    if model is V3:
+        assert_same_weights(on_two[0], pair(train, str(tmp_path / "whole"), upto[11])[0])
+        changed = kept = "batch norm is over the whole batch as before: exact"
+    else:
+        changed = "but batch norm is over groups of 8 images from here on, not of 16"
+        kept = "batch norm keeps its 4 groups: exact"
+    same = "batch, order of images, views, rates, weights, optimizer and queue go on as they were"
+    assert all(f"begun on 2 processes, now 4: {same}; {changed}" in each["log"] for each in on_four)
+    assert all(f"begun on 4 processes, now 2: {same}; {kept}" in each["log"] for each in on_two)
+
+
 @two_processes
 def test_on_as_many_processes_a_resumed_run_has_the_same_bits(pair: Pair, tmp_path: Path) -> None:
     whole, run = str(tmp_path / "whole"), str(tmp_path / "run")
