@@ -10,6 +10,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from moco.data import ArrayImages, BadImage, FileImages, Loader, epoch_order, lo
 from moco.data import folder as folders
 from moco.data import index as indexes
 from moco.data.members import let_go, open_image, read_image
-from moco.data.remote import find, open_copy
+from moco.data.remote import FETCHES, Unavailable, find, open_copy
 from moco.data.shards import expand, windowed
 from moco.data.tar import scan
 
@@ -439,24 +440,24 @@ def test_the_cache_keeps_to_its_bound_and_what_is_in_use(
     size = find("memory://set/0000.tar").size
     monkeypatch.setenv("MOCO_CACHE_GIB", str(2.5 * size / 2**30))
     urls = [f"memory://set/000{i}.tar" for i in range(4)]
-    held = open_copy(urls[0], let_go)
+    held = open_copy(urls[0])
     try:
-        os.close(open_copy(urls[1], let_go))
-        os.close(open_copy(urls[2], let_go))  # the first is older but in use: the second goes
+        os.close(open_copy(urls[1]))
+        os.close(open_copy(urls[2]))  # the first is older but in use: the second goes
         assert [find(url).local.exists() for url in urls] == [True, False, True, False]
         monkeypatch.setenv("MOCO_CACHE_GIB", str(1.5 * size / 2**30))
         monkeypatch.setattr("moco.data.remote.WAIT", 0)
         with pytest.raises(OSError, match="no room for memory://set/0003.tar .*MOCO_CACHE_GIB allows"):
-            open_copy(urls[3], let_go)
+            open_copy(urls[3])
     finally:
         os.close(held)
     (cache / "shards" / f"{'0' * 24}.{100 * size}.part").touch()  # of a process that was killed
-    os.close(open_copy(urls[3], let_go))
+    os.close(open_copy(urls[3]))
     assert [find(url).local.exists() for url in urls] == [False, False, False, True]
     assert not list((cache / "shards").glob("*.part"))
     monkeypatch.setenv("MOCO_CACHE_GIB", "lots")
     with pytest.raises(ValueError, match="MOCO_CACHE_GIB is 'lots'; expected a number"):
-        open_copy(urls[0], let_go)
+        open_copy(urls[0])
 
 
 def test_a_process_closes_idle_copies_when_room_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,12 +467,87 @@ def test_a_process_closes_idle_copies_when_room_is_short(tmp_path: Path, monkeyp
     assert [int(train.decode(i)[0, 0, 0]) for i in range(16)] == list(range(16))
 
 
+def test_at_the_documented_room_no_worker_stands_in_anothers_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote_shards(tmp_path, count=40)
+    monkeypatch.setattr("moco.data.remote.WAIT", 0.5)
+    monkeypatch.setenv("MOCO_CACHE_GIB", str(24.5 * find("memory://set/0000.tar").size / 2**30))
+    images = load("memory://set/{0000..0039}.tar").train
+    loader = Loader(images, batch_size=32, seed=0, device=CPU, workers=4, crop=crop, max_bad=0.5)
+    batches = list(loader.epoch(0))
+    order = windowed(epoch_order(160, seed=0, epoch=0), images.paths).tolist()
+    assert [id for _, ids in batches for id in ids.tolist()] == order and not loader.bad
+    assert [level for batch, _ in batches for level in batch[:, 0, 0, 0, 0].tolist()] == order
+
+
+def test_threads_with_room_for_one_shard_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote_shards(tmp_path, count=8)
+    monkeypatch.setattr("moco.data.remote.WAIT", 5)
+    monkeypatch.setenv("MOCO_CACHE_GIB", str(1.5 * find("memory://set/0000.tar").size / 2**30))
+    paths = [f"memory://set/{i // 4:04}.tar/{i:04}.png" for i in range(32)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read_image, paths)) == [png(i) for i in range(32)]
+
+
+def test_a_fetch_that_takes_its_time_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote_shards(tmp_path, count=2)
+    monkeypatch.setattr("moco.data.remote.WAIT", 0.1)
+    monkeypatch.setenv("MOCO_CACHE_GIB", str(1.5 * find("memory://set/0000.tar").size / 2**30))
+    system = type(fsspec.filesystem("memory"))
+    fetch = system.get_file
+    monkeypatch.setattr(system, "get_file", lambda *given: (time.sleep(1), fetch(*given))[1])
+    with ThreadPoolExecutor(2) as pool:
+        paths = ["memory://set/0000.tar/0000.png", "memory://set/0001.tar/0004.png"]
+        assert list(pool.map(read_image, paths)) == [png(0), png(4)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("why", ["slow network", "gone", "no room"])
+def test_a_shard_that_cannot_be_had_stops_in_one_line_and_no_image_is_replaced(
+    why: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = remote_shards(tmp_path, count=2)
+    load(tmp_path / "made")
+    for name in names:
+        put(f"set/{name}.index", (tmp_path / "made" / f"{name}.index").read_bytes())
+    loader = Loader(
+        load("memory://set/{0000..0001}.tar").train,
+        batch_size=4,
+        seed=0,
+        device=CPU,
+        workers=workers,
+        crop=crop,
+        max_bad=1.0,
+    )
+    said = "memory://set/000..tar cannot be "
+    if why == "slow network":
+
+        def slow(self: Any, remote: str, local: str) -> None:
+            raise TimeoutError("no answer\nin time")
+
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), "get_file", slow)
+        said += "fetched, 5 times tried .TimeoutError: no answer in time.; give the command again .* --resume"
+    elif why == "gone":
+        for name in names:
+            fsspec.filesystem("memory").rm_file(f"/set/{name}")
+        said += "had .there is no such file.; see that it is there"
+    else:
+        monkeypatch.setattr("moco.data.remote.WAIT", 0)
+        monkeypatch.setenv("MOCO_CACHE_GIB", "1e-9")
+        said = "no room for memory://set/000..tar .*; raise it or set MOCO_CACHE"
+    with pytest.raises(Unavailable, match=said) as caught:
+        list(loader.epoch(0))
+    assert "\n" not in str(caught.value) and not loader.bad
+    assert not isinstance(caught.value, BadImage)
+
+
 def test_a_shard_that_comes_cut_or_changed_is_not_kept(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote_shards(tmp_path, count=1)
     with pytest.raises(OSError, match="other bytes than were packed"):
-        open_copy("memory://set/0000.tar", let_go, sha256="0" * 64)
+        open_copy("memory://set/0000.tar", sha256="0" * 64)
     system, tries = type(fsspec.filesystem("memory")), []
 
     def half(self: Any, remote: str, local: str) -> None:
@@ -482,8 +558,8 @@ def test_a_shard_that_comes_cut_or_changed_is_not_kept(
 
     monkeypatch.setattr(system, "get_file", half)
     with pytest.raises(OSError, match="came as 1,000 of"):
-        open_copy("memory://set/0000.tar", let_go)
-    assert len(tries) == 3 and copies(cache) == 0
+        open_copy("memory://set/0000.tar")
+    assert len(tries) == FETCHES and copies(cache) == 0
 
 
 def test_a_url_of_a_packed_folder_is_both_parts(tmp_path: Path, cache: Path) -> None:

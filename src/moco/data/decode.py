@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from moco.data.members import open_image
+from moco.data.remote import Unavailable
 from moco.transforms import pixels_of
 
 try:
@@ -58,7 +59,7 @@ def _open(path: str) -> Generator[tuple[BinaryIO, Image.Image]]:
             _refuse_large_webp(path, file)
             with Image.open(file, formats=FORMATS) as image:
                 yield file, image
-    except BadImage:
+    except (BadImage, Unavailable):
         raise
     except Image.UnidentifiedImageError:
         raise BadImage(path, "not an image in a known format, or cut off in its header") from None

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from moco.data.arrays import ArrayImages
 from moco.data.decode import BadImage, quiet_pillow
 from moco.data.folder import NUM_NAMED, FileImages, Images
+from moco.data.remote import Unavailable
 from moco.data.shards import windowed
 from moco.transforms import Box, centred
 
@@ -116,6 +117,7 @@ class Loader:
 
         Raises:
             ValueError: more than `max_bad` of the files cannot be read.
+            Unavailable: a shard elsewhere cannot be had.
         """
         order = epoch_order(len(self._images), seed=self._seed, epoch=epoch)
         if self._pixels is not None:
@@ -162,6 +164,8 @@ class Loader:
                 if batch is None:
                     return
                 self._record(batch.bad)
+                if batch.failure:
+                    raise Unavailable(batch.failure)
                 yield self._moved(batch.images), batch.ids
         finally:
             # Ends the workers now, not when somebody lets go of an error's traceback.
@@ -201,6 +205,8 @@ class _Batch(NamedTuple):
     images: Tensor
     ids: Tensor
     bad: list[BadImage]
+    failure: str = ""
+    """What no other image can stand in for, in words: as an error it would come with a worker's traceback."""
 
 
 @final
@@ -216,12 +222,16 @@ class _Reader(Dataset[_Batch]):
         """The batch at these places in the order."""
         bad: list[BadImage] = []
         wanted = self._order[torch.as_tensor(index)]
-        with quiet_pillow():
-            read = self._read(wanted)
-            found = [self._first_readable(read, place, position, bad) for place, position in enumerate(index)]
+        found, failure = [], ""
+        try:
+            with quiet_pillow():
+                read = self._read(wanted)
+                found = [self._first_readable(read, place, position, bad) for place, position in enumerate(index)]
+        except Unavailable as error:
+            failure = str(error)
         good = [item for item in found if item is not None]
         if not good:
-            return _Batch(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), bad)
+            return _Batch(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), bad, failure)
         # One copy, into the memory that is shared with the parent; the channels of a pixel stay together in it.
         flat = default_collate([view.permute(1, 2, 0) for views, _ in good for view in views])
         images = flat.unflatten(0, (len(good), -1)).permute(0, 1, 4, 2, 3)

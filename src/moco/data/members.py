@@ -9,16 +9,16 @@ import errno
 import io
 import os
 import stat
-from functools import cache, lru_cache
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import final
 
 from moco.data.index import Index, Stamp, ensure, read_tar, to_bytes, write
-from moco.data.remote import cache_folder, find, is_remote, open_copy, read
+from moco.data.remote import Unavailable, cache_folder, find, is_remote, open_copy, read
 
 OPEN = 128
 """Local tars that a process keeps open."""
-OPEN_COPIES = 24
-"""Copies of remote tars that a process keeps open, and so on the disk."""
 HUGGING_FACE = "hf:"
 """Before the paths of rows of Hugging Face sets."""
 _BUFFER = 2**16
@@ -29,6 +29,7 @@ def open_image(path: str) -> io.BufferedReader | io.BytesIO:
 
     Raises:
         OSError: there is none, or it cannot be read.
+        Unavailable: its tar is elsewhere and cannot be had.
         ValueError: its tar is none.
     """
     if path.startswith(HUGGING_FACE):
@@ -37,16 +38,15 @@ def open_image(path: str) -> io.BufferedReader | io.BytesIO:
         return io.BytesIO(read_row(path))
     begin = path.find(".tar/")
     while begin >= 0:
-        tar, name = path[: begin + 4], path[begin + 5 :]
+        tar, name = path[: begin + 4], path[begin + 5 :].encode("utf-8", "surrogateescape")
+        if is_remote(tar):
+            return io.BytesIO(_from_copy(tar, name, path))
         try:
-            opened = _copy(tar) if is_remote(tar) else _local(tar)
+            opened = _local(tar)
         except IsADirectoryError:  # a folder may be called so
             begin = path.find(".tar/", begin + 1)
             continue
-        place = opened.index.find(name.encode("utf-8", "surrogateescape"))
-        if place is None:
-            raise FileNotFoundError(errno.ENOENT, f"{tar} does not hold it", path)
-        return io.BufferedReader(_Member(opened, *place, path), _BUFFER)
+        return io.BufferedReader(_Member(opened, *_place(opened.index, tar, name, path), path), _BUFFER)
     # Opening a pipe that has an image's name would wait for ever; anything but a file is an error right here.
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -76,6 +76,8 @@ def facts_of(path: str) -> str:
 def _facts_of_tar(tar: str) -> str:
     try:
         return find(tar).local.name if is_remote(tar) else facts_of(tar)
+    except Unavailable:
+        raise
     except (OSError, ValueError):
         return ""
 
@@ -102,7 +104,7 @@ def index_of(tar: str) -> Index:
         except (ValueError, KeyError, TypeError):
             pass
         local.unlink()
-    file = open_copy(tar, let_go)
+    file = open_copy(tar)
     try:
         images, content = read_tar(file, tar)
         write(local, to_bytes(images, content, Stamp(place.size, os.fstat(file).st_mtime_ns)))
@@ -113,7 +115,7 @@ def index_of(tar: str) -> Index:
 
 def let_go() -> None:
     """Closes the tars that this process does not read from at this moment."""
-    _copy.cache_clear()
+    _index_elsewhere.cache_clear()
     _local.cache_clear()
     _facts_of_tar.cache_clear()
 
@@ -124,8 +126,7 @@ class _Tar:
 
     def __init__(self, path: str):
         self.index = index_of(path)
-        sha256 = self.index.stamp.sha256
-        self.file = open_copy(path, let_go, sha256) if is_remote(path) else os.open(path, os.O_RDONLY)
+        self.file = os.open(path, os.O_RDONLY)
 
     def __del__(self):
         if "file" in self.__dict__:
@@ -171,14 +172,39 @@ def _local(path: str) -> _Tar:
     return _Tar(path)
 
 
-@lru_cache(maxsize=OPEN_COPIES)
-def _copy(path: str) -> _Tar:
-    _close_before_forks()
-    return _Tar(path)
+@lru_cache(maxsize=OPEN)
+def _index_elsewhere(path: str) -> Index:
+    return index_of(path)
 
 
-@cache
-def _close_before_forks() -> None:
-    """A forked process would share the locks of the copies, which then stayed for as long as both lived."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=let_go)
+def _from_copy(tar: str, name: bytes, path: str) -> bytes:
+    """Content of an image in a remote tar. A copy is open only while it is read, so that it never stands in the way."""
+    with _no_fault_of_an_image(tar):
+        index = _index_elsewhere(tar)
+    begin, size = _place(index, tar, name, path)
+    with _no_fault_of_an_image(tar):
+        file = open_copy(tar, index.stamp.sha256)
+    try:
+        return os.pread(file, size, begin)
+    finally:
+        os.close(file)
+
+
+def _place(index: Index, tar: str, name: bytes, path: str) -> tuple[int, int]:
+    place = index.find(name)
+    if place is None:
+        raise FileNotFoundError(errno.ENOENT, f"{tar} does not hold it", path)
+    return place
+
+
+@contextmanager
+def _no_fault_of_an_image(tar: str) -> Generator[None]:
+    try:
+        yield
+    except Unavailable:
+        raise
+    except OSError as error:
+        raise Unavailable(
+            f"{tar} cannot be had ({error.strerror or error}); see that it is there, and that {cache_folder()} can be"
+            " written"
+        ) from None

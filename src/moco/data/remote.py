@@ -1,7 +1,8 @@
 """Shards from elsewhere: each is fetched whole into a folder of bounded size, and the longest unused ones go first.
 
 Any number of processes share the folder. A file that is open here is locked (flock) and is never removed; a file that
-is being fetched has another name until it is whole.
+is being fetched has another name until it is whole. Nobody who waits for room has a file open, so that room for one
+shard is enough for all of them to get on, if slowly.
 """
 
 import errno
@@ -23,9 +24,16 @@ FREE = 2**30
 """Bytes of the disk that are left alone."""
 PARTS = "[0-9a-f]*.part"  # not what an index is called while it is written, which begins with a dot
 ATTEMPTS = 3
+"""At a question, which somebody waits for."""
+FETCHES = 5
+"""Attempts at a shard; when the last fails, the run stops."""
 WAIT = 30.0
-"""Seconds for other threads and processes to finish with copies that take up the room."""
-_PAUSE = 2.0  # seconds before the second attempt, doubled before the third
+"""Seconds in which nothing gets smaller or is fetched, after which there is no room."""
+_PAUSE = 2.0  # seconds before the second attempt, doubled before each further one
+
+
+class Unavailable(OSError):
+    """A shard that cannot be had here and now. Its images are not at fault: who reads them stops and says so."""
 
 
 class Place(NamedTuple):
@@ -52,7 +60,7 @@ def read(url: str) -> bytes | None:
 
     Raises:
         ValueError: there is no way to that kind of place.
-        OSError: it cannot be reached.
+        Unavailable: it cannot be reached.
     """
     system, path = _system(url)
     try:
@@ -80,25 +88,47 @@ def find(url: str) -> Place:
     return Place(url, size, cache_folder() / "shards" / f"{name}.tar")
 
 
-def open_copy(url: str, let_go: Callable[[], object], sha256: str | None = None) -> int:
+def room() -> float:
+    """Bytes that shards may take here in all.
+
+    Raises:
+        ValueError: MOCO_CACHE_GIB is no number.
+        OSError: there can be no folder for them.
+    """
+    folder = cache_folder() / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    there = [*folder.glob("*.tar"), *folder.glob(PARTS)]
+    return _allowed(folder, sum(_age_and_size(file)[1] for file in there))
+
+
+def _allowed(folder: Path, there: int) -> float:
+    """Bytes of the bound, or what is there and what the disk has besides."""
+    return min(_bound(), there + max(0, shutil.disk_usage(folder).free - FREE))
+
+
+def open_copy(url: str, sha256: str | None = None) -> int:
     """Descriptor of the local copy of a shard, which is fetched if it is not there. It is locked until it is closed.
+
+    Close it before asking for another: who waits for room waits for the copies that are open.
 
     Args:
         url: of the shard.
-        let_go: closes copies that this process holds open and does not need at the moment.
         sha256: of the shard, where it is known; it is compared when the shard is fetched.
 
     Raises:
         ValueError: there is no way to that kind of place.
-        OSError: it cannot be reached, comes damaged, or the shards in use leave it no room.
+        Unavailable: it cannot be reached, comes damaged, or the shards in use leave it no room.
+        OSError: it is not there, or the folder of copies cannot be written.
     """
     place = find(url)
     while True:
         try:
             file = os.open(place.local, os.O_RDONLY)
         except FileNotFoundError:
-            _fetch(place, let_go, sha256)
-            continue
+            fetched = _fetch(place, sha256)
+            if fetched is None:
+                continue
+            return fetched
         _lock(file, shared=True)
         if os.fstat(file).st_nlink:
             with suppress(OSError):  # somebody else's file; then it only looks older than it is
@@ -107,35 +137,45 @@ def open_copy(url: str, let_go: Callable[[], object], sha256: str | None = None)
         os.close(file)  # removed between the two calls
 
 
-def _fetch(place: Place, let_go: Callable[[], object], sha256: str | None) -> None:
+def _fetch(place: Place, sha256: str | None) -> int | None:
+    """The new copy, open and locked before anybody else can remove it; None if another process has brought it."""
     folder = place.local.parent
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(place.local.with_suffix(".lock")):
         if place.local.exists():
-            return
+            return None
         # Its size stands in its name, so that whoever counts knows what it will take.
         part = folder / f"{place.local.stem}.{place.size}.part"
         with _locked(folder / "room.lock"):
-            _make_room(folder, place, let_go)
+            _make_room(folder, place)
             part.touch()
         try:
-            system, path = _system(place.url)
             logging.getLogger("moco").debug("fetching %s", place.url)
-            _attempt(place.url, lambda: system.get_file(path, str(part)))
-            if part.stat().st_size != place.size:
-                got = part.stat().st_size
-                raise OSError(errno.EIO, f"{place.url} came as {got:,} of {place.size:,} bytes", place.url)
-            with part.open("rb") as file:
-                if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise OSError(errno.EIO, f"{place.url} came with other bytes than were packed", place.url)
+            _attempt(place.url, lambda: _bring(place, part), FETCHES)
+            file = os.open(part, os.O_RDONLY)
+            _lock(file, shared=True)
+            with open(file, "rb", closefd=False) as content:
+                if sha256 and hashlib.file_digest(content, "sha256").hexdigest() != sha256:
+                    os.close(file)
+                    raise Unavailable(
+                        f"{place.url} came with other bytes than were packed; put there what `moco pack` has written"
+                    )
             part.replace(place.local)
+            return file
         finally:
             part.unlink(missing_ok=True)
 
 
-def _make_room(folder: Path, place: Place, let_go: Callable[[], object]) -> None:
+def _bring(place: Place, part: Path) -> None:
+    system, path = _system(place.url)
+    system.get_file(path, str(part))
+    if (got := part.stat().st_size) != place.size:
+        raise OSError(errno.EIO, f"it came as {got:,} of {place.size:,} bytes")
+
+
+def _make_room(folder: Path, place: Place) -> None:
     """Removes copies, the longest unused first, until another fits."""
-    bound, deadline = _bound(), time.monotonic() + WAIT
+    before, deadline = -1, 0.0
     while True:
         for part in folder.glob(PARTS):
             _remove(part, folder / f"{part.name.partition('.')[0]}.lock")
@@ -146,24 +186,25 @@ def _make_room(folder: Path, place: Place, let_go: Callable[[], object]) -> None
         )
         kept = sorted((*_age_and_size(file), file) for file in folder.glob("*.tar"))
         used = sum(size for _, size, _ in kept)
-        room = min(bound, used + here + max(0, shutil.disk_usage(folder).free - FREE)) - coming - place.size
+        free = _allowed(folder, used + here) - coming - place.size
         for _, size, file in kept:
-            if used <= room:
+            if used <= free:
                 break
             if _remove(file, file):
                 used -= size
                 file.with_suffix(".lock").unlink(missing_ok=True)
-        if used <= room:
+        if used <= free:
             return
-        let_go()
-        if time.monotonic() > deadline:
+        # What others fetch comes to an end, and then there may be room: only where nothing happens it is no use.
+        if coming or used != before:
+            before, deadline = used, time.monotonic() + WAIT
+        elif time.monotonic() >= deadline:
             break
         time.sleep(0.1)
-    raise OSError(
-        errno.ENOSPC,
+    raise Unavailable(
         f"no room for {place.url} ({place.size / 2**30:.3g} GiB) beside the shards in use ({used / 2**30:.3g} GiB): of"
-        f" {bound / 2**30:.3g} GiB that MOCO_CACHE_GIB allows, or on the disk of {folder}; raise it or set MOCO_CACHE",
-        place.url,
+        f" {_bound() / 2**30:.3g} GiB that MOCO_CACHE_GIB allows, or on the disk of {folder}; raise it or set"
+        " MOCO_CACHE to a folder on a larger disk"
     )
 
 
@@ -236,18 +277,22 @@ def _system(url: str) -> tuple[Any, str]:
         raise ValueError(f"{url} cannot be read here ({why}); s3:// needs pip install s3fs, gs:// gcsfs") from None
 
 
-def _attempt(url: str, work: Callable[[], Any]) -> Any:
-    """Networks fail for a moment now and then; what each library raises then differs, and becomes an OSError."""
-    for attempt in range(ATTEMPTS):
+def _attempt(url: str, work: Callable[[], Any], attempts: int = ATTEMPTS) -> Any:
+    """Networks fail for a moment now and then; what each library raises then differs, and becomes `Unavailable`."""
+    for attempt in range(attempts):
         try:
             return work()
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "there is no such file", url) from None
         except PermissionError as error:
-            raise PermissionError(errno.EACCES, f"access denied ({' '.join(str(error).split())})", url) from None
+            why = " ".join(str(error).split())
+            raise Unavailable(f"access to {url} is denied ({why}); see to its permissions, or sign in") from None
         except Exception as error:
-            if attempt == ATTEMPTS - 1:
+            if attempt == attempts - 1:
                 why = " ".join(f"{type(error).__name__}: {error}".split())
-                raise OSError(errno.EIO, f"{url} cannot be fetched ({why})", url) from None
+                raise Unavailable(
+                    f"{url} cannot be fetched, {attempts} times tried ({why}); give the command again when it can be"
+                    " reached, a training run's with --resume"
+                ) from None
         time.sleep(_PAUSE * 2**attempt)
     raise AssertionError
