@@ -21,13 +21,25 @@ import torch
 from PIL import Image
 
 from moco.config import DataConfig
-from moco.data import ArrayImages, BadImage, FileImages, Loader, epoch_order, load_data, resized
+from moco.data import (
+    ArrayImages,
+    BadImage,
+    FileImages,
+    Loader,
+    epoch_order,
+    fingerprint,
+    load_data,
+    resized,
+    some_of,
+)
 from moco.data import folder as folders
 from moco.data import index as indexes
 from moco.data.members import let_go, open_image, read_image
 from moco.data.remote import FETCHES, Unavailable, find, open_copy
-from moco.data.shards import expand, windowed
+from moco.data.shards import expand
 from moco.data.tar import scan
+from moco.data.window import windowed
+from moco.spacing import evenly
 
 CPU = torch.device("cpu")
 
@@ -620,6 +632,55 @@ def test_batches_of_many_remote_shards_follow_that_order(tmp_path: Path, cache: 
     ids = [ids for _, ids in Loader(images, batch_size=8, seed=0, device=CPU, workers=0, crop=crop).epoch(0)]
     order = epoch_order(40, seed=0, epoch=0)
     assert torch.equal(torch.cat(ids), windowed(order, images.paths)) and not torch.equal(torch.cat(ids), order)
+
+
+def test_less_room_than_the_order_needs_is_refused_before_the_first_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote_shards(tmp_path, count=30)
+    images = load("memory://set/{0000..0029}.tar").train
+    settings: dict[str, Any] = {"batch_size": 8, "seed": 0, "device": CPU, "workers": 0, "crop": crop}
+    size = find("memory://set/0000.tar").size
+    for shards, enough in ((23.9, False), (24.1, True)):
+        monkeypatch.setenv("MOCO_CACHE_GIB", str(shards * size / 2**30))
+        if enough:
+            Loader(images, **settings)
+            continue
+        with pytest.raises(
+            ValueError, match="has room for .* GiB of shards; expected .* for the 24 that the order"
+        ) as e:
+            Loader(images, **settings)
+        assert "\n" not in str(e.value) and "raise MOCO_CACHE_GIB" in str(e.value)
+        Loader(images.select(range(23 * 4)), **settings)  # fewer shards fit
+
+
+def test_many_shards_elsewhere_are_other_images_than_their_copies_here_for_their_order_is_another(
+    tmp_path: Path,
+) -> None:
+    remote_shards(tmp_path, count=17)
+    for count, same in ((16, True), (17, False)):
+        here = load(f"{tmp_path}/made/{{0000..{count - 1:04}}}.tar").train
+        there = load(f"memory://set/{{0000..{count - 1:04}}}.tar").train
+        order = epoch_order(len(here), seed=0, epoch=0)
+        assert torch.equal(windowed(order, here.paths), windowed(order, there.paths)) == same
+        assert (fingerprint(here) == fingerprint(there)) == same
+
+
+def test_a_look_at_images_elsewhere_fetches_few_shards(tmp_path: Path, cache: Path, caplog: Any) -> None:
+    for name in remote_shards(tmp_path, count=40):
+        load(tmp_path / "made" / name)
+        put(f"set/{name}.index", (tmp_path / "made" / f"{name}.index").read_bytes())
+    images = load("memory://set/{0000..0039}.tar").train
+    with caplog.at_level(logging.INFO, "moco"):
+        chosen = some_of(images, 50)
+    assert "of 160 images elsewhere 50 are looked at, in 16 shards" in caplog.text
+    seen = levels(files(chosen))
+    assert len(set(seen)) == 50 and seen == sorted(seen) and (seen[0], seen[-1]) == (0, 159)
+    assert copies(cache) == 16
+    more = {path.partition(".tar/")[0] for path in some_of(images, 79).paths}
+    assert len(more) == 20  # as many as hold them
+    assert some_of(images.select(range(64)), 10).paths == tuple(images.paths[i] for i in evenly(64, 10))
+    assert len({path.partition(".tar/")[0] for path in some_of(load(tmp_path / "made").train, 50).paths}) > 30
 
 
 # Hugging Face

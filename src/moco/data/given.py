@@ -1,6 +1,7 @@
 """Images that a program hands over: tensors, arrays, lists of pictures, datasets."""
 
 import hashlib
+import logging
 import os
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from moco.data.arrays import ArrayImages
 from moco.data.decode import luma
 from moco.data.folder import FileImages, Images
+from moco.data.remote import is_remote
+from moco.data.window import WINDOW, few_shards, in_windows
 from moco.spacing import evenly
 from moco.transforms import pixels_of
 
@@ -92,14 +95,22 @@ def _from_sequence(given: Any, channels: int) -> tuple[Tensor, Tensor | None]:
 
 
 def some_of(images: Images, most: int) -> Images:
-    """All images, or so many at even distances."""
-    return images if len(images) <= most else images.select(evenly(len(images), most).tolist())
+    """All images, or so many at even distances; those in remote shards from few of them (`few_shards`)."""
+    if len(images) <= most:
+        return images
+    if isinstance(images, ArrayImages) or not is_remote(images.paths[0]):
+        return images.select(evenly(len(images), most).tolist())
+    chosen = images.select(few_shards(images.paths, most).tolist())
+    shards = len({path.partition(".tar/")[0] for path in chosen.paths})
+    log = logging.getLogger("moco")
+    log.info("of %s images elsewhere %s are looked at, in %d shards", f"{len(images):,}", f"{most:,}", shards)
+    return chosen
 
 
 def fingerprint(images: Images) -> str:
     """SHA-256 of the names, without the folder that all lie in, of the labels, and of some pixels in memory.
 
-    Files are not opened.
+    Files are not opened. Many shards elsewhere are other images than their copies here: they come in another order.
     """
     digest = hashlib.sha256()
     within = len(os.path.commonprefix([os.path.dirname(path) for path in (images.paths[0], images.paths[-1])]))
@@ -111,4 +122,6 @@ def fingerprint(images: Images) -> str:
     if isinstance(images, ArrayImages):
         chosen = torch.linspace(0, len(images) - 1, min(NUM_COMPARED, len(images))).long()
         digest.update(images.images[chosen].cpu().contiguous().numpy())
+    elif in_windows(images.paths):
+        digest.update(f"in windows of {WINDOW} shards".encode())
     return digest.hexdigest()

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from moco.data.arrays import ArrayImages
 from moco.data.decode import BadImage, quiet_pillow
 from moco.data.folder import NUM_NAMED, FileImages, Images
-from moco.data.remote import Unavailable
-from moco.data.shards import windowed
+from moco.data.remote import Unavailable, is_remote
+from moco.data.window import refuse_little_room, windowed
 from moco.transforms import Box, centred
 
 DECODED_AT_ONCE = 32
@@ -70,7 +70,8 @@ class Loader:
         max_bad: Largest fraction of images that may prove unreadable.
 
     Raises:
-        ValueError: fewer images than a batch, a batch that the ranks cannot share equally, or files without `crop`.
+        ValueError: fewer images than a batch, a batch that the ranks cannot share equally, files without `crop`,
+            or too little room for shards from elsewhere.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class Loader:
             raise ValueError(f"batch_size is {batch_size}, expected a multiple of the {world_size} processes")
         if isinstance(images, FileImages) and crop is None:
             raise ValueError("image files of any sizes make no batch, expected a crop function that gives equal views")
+        if isinstance(images, FileImages) and images.cache is None and is_remote(images.paths[0]):
+            refuse_little_room(images.paths)
         self.steps_per_epoch = len(images) // batch_size
         self.bad: list[str] = []
         """Files that failed when they were read, in the order of discovery."""

@@ -1,4 +1,4 @@
-"""Images in tar shards, here or anywhere that has a URL: which shards there are, and the order for remote ones.
+"""Images in tar shards, here or anywhere that has a URL: which shards there are, and what is in them.
 
 Any one image is read alone by its path (`moco.data.members`), so shards are shuffled, shared out and resumed as a
 folder is.
@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from glob import glob
@@ -16,10 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 from moco.config import DataConfig
 from moco.data import remote
@@ -30,8 +26,6 @@ from moco.data.index import SUFFIXES, Content
 from moco.data.members import index_of, let_go
 from moco.data.remote import is_remote
 
-WINDOW = 16
-"""Remote shards that are drawn from at a time: part of the order of images, so the same on every machine."""
 MANIFEST, PLAN, CLASSES = "pack.json", ".plan.json", "classes.json"
 """Beside packed shards: which there are, and the names of the class numbers."""
 HELD_OUT = ("test", "val", "valid")
@@ -78,31 +72,6 @@ def expand(pattern: str) -> list[str]:
     pieces = _BRACES.split(pattern)
     choices = [[piece] if number % 2 == 0 else _choices(piece) for number, piece in enumerate(pieces)]
     return ["".join(chosen) for chosen in product(*choices)]
-
-
-def windowed(order: Int64[Tensor, " n"], paths: Sequence[str], *, window: int = WINDOW) -> Int64[Tensor, " n"]:
-    """The order of an epoch for images in remote shards, of which only `window` or so are needed at any moment.
-
-    Image i of a shard that is the r-th to come is put at clamp(r - window / 2, 0, shards - window) + window * u(i), and
-    images are sorted by that; u, uniform over the images, is their place in `order`, and the shard whose first image
-    comes first there comes first. So it is a function of `order` alone; up to `window` shards change nothing. Near
-    both ends half as many shards again are needed.
-
-    Args:
-        order: a permutation, as `epoch_order` gives it.
-        paths: of the images. Those of local files and shards keep `order`.
-        window: shards at a time.
-    """
-    if not paths or not is_remote(paths[0]):
-        return order
-    numbers: dict[str, int] = {}
-    shard_of = torch.tensor([numbers.setdefault(path[: path.find(".tar/")], len(numbers)) for path in paths])
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    first = torch.from_numpy(np.unique(shard_of.numpy(), return_index=True)[1])
-    rank = place[first].argsort().argsort()
-    begin = (rank - window // 2).clamp(0, max(0, len(numbers) - window))
-    return (begin[shard_of] + window * (place.double() / len(order))).argsort(stable=True)
 
 
 def _parts(source: str) -> tuple[list[str], list[str]]:
