@@ -29,6 +29,7 @@ from moco.data import (
     epoch_order,
     fingerprint,
     load_data,
+    members,
     resized,
     some_of,
 )
@@ -349,6 +350,26 @@ def test_an_image_is_a_file_wherever_it_lies(tmp_path: Path) -> None:
         open_image(f"{path}/c.png")
     with pytest.raises(FileNotFoundError):
         open_image(f"{tmp_path}/no.tar/c.png")
+
+
+def test_a_process_keeps_as_many_tars_open_as_its_limit_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    for soft, tars in ((1024, 384), (256, 16), (10**6, 1024), (resource.RLIM_INFINITY, 1024)):
+        monkeypatch.setattr(resource, "getrlimit", lambda which, soft=soft: (soft, soft))
+        assert members.num_open() == tars
+    monkeypatch.setattr(members, "resource", None)
+    assert members.num_open() == 1024
+
+
+def test_hundreds_of_tars_in_turns_are_each_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if members.num_open() < 200:
+        pytest.skip("too few files may be open here")
+    paths = [f"{tar(tmp_path / f'{i:03}.tar', {'a.png': png(i % 5)})}/a.png" for i in range(200)]
+    calls, opened = [], members.index_of
+    monkeypatch.setattr(members, "index_of", lambda path: calls.append(path) or opened(path))
+    for _ in range(2):
+        assert all(read_image(path) == png(i % 5) for i, path in enumerate(paths))
+    assert len(calls) == 200
 
 
 def test_shards_give_a_folders_pictures_and_crops(tmp_path: Path) -> None:

@@ -17,11 +17,23 @@ from typing import final
 from moco.data.index import Index, Stamp, ensure, read_tar, to_bytes, write
 from moco.data.remote import Unavailable, cache_folder, find, is_remote, open_copy, read
 
-OPEN = 128
-"""Local tars that a process keeps open."""
+try:
+    import resource
+except ImportError:  # Windows, where no tar is read
+    resource = None
+
 HUGGING_FACE = "hf:"
 """Before the paths of rows of Hugging Face sets."""
 _BUFFER = 2**16
+_MOST, _FEWEST, _OTHERS = 1024, 16, 256  # tars that a process keeps open, and descriptors that it needs for the rest
+
+
+def num_open() -> int:
+    """Local tars that a process keeps open, of which each takes two descriptors: the tar's and its index's."""
+    if resource is None:
+        return _MOST
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST if limit == resource.RLIM_INFINITY else max(_FEWEST, min(_MOST, (limit - _OTHERS) // 2))
 
 
 def open_image(path: str) -> io.BufferedReader | io.BytesIO:
@@ -167,12 +179,12 @@ class _Member(io.RawIOBase):
         return content
 
 
-@lru_cache(maxsize=OPEN)
+@lru_cache(maxsize=num_open())
 def _local(path: str) -> _Tar:
     return _Tar(path)
 
 
-@lru_cache(maxsize=OPEN)
+@lru_cache(maxsize=num_open())
 def _index_elsewhere(path: str) -> Index:
     return index_of(path)
 
