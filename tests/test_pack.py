@@ -238,6 +238,38 @@ def test_files_that_vanish_are_left_out_and_named(folder: Path, tmp_path: Path) 
     assert len(load(tmp_path / "out")[0]) == 11
 
 
+def test_what_only_has_an_images_name_is_in_no_shard(folder: Path, tmp_path: Path) -> None:
+    images, _ = load(folder)
+    for name in ("bee/04.jpg", "ape/00.jpg"):
+        (folder / name).write_bytes(b"-----BEGIN OPENSSH PRIVATE KEY-----")
+    with pytest.raises(ValueError, match=r"1 of 12 files cannot be read.*\.jpg' \(not an image in a known format\)"):
+        pack(images, tmp_path / "strict", workers=1)
+    packed = pack(images, tmp_path / "out", max_bad=0.2)
+    assert packed.unreadable == (str(folder / "ape" / "00.jpg"), str(folder / "bee" / "04.jpg"))
+    assert packed.images == 10 and not any(b"PRIVATE" in path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "bmp", "gif"])
+def test_every_format_that_is_read_is_packed(kind: str, tmp_path: Path) -> None:
+    photo(tmp_path / "p" / f"a.{kind}", 3)
+    pack(tmp_path / "p", tmp_path / "out")
+    assert list(contents(tmp_path / "out")) == [f"a.{kind}"]
+
+
+def test_of_two_that_pack_into_one_folder_the_second_is_refused(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def again(done: int, total: int) -> None:
+        if not said:
+            with pytest.raises(ValueError, match="out is being written by another `moco pack`; wait for it") as caught:
+                pack(folder, tmp_path / "out")
+            said.append(str(caught.value))
+
+    assert pack(folder, tmp_path / "out", workers=1, on_progress=again).images == 12
+    assert len(said) == 1 and "\n" not in said[0]
+    assert pack(folder, tmp_path / "out").images == 12  # nothing is left locked
+
+
 def test_a_disk_that_gives_back_other_bytes_is_found_out(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -28,6 +29,7 @@ from moco.data import (
     Loader,
     epoch_order,
     fingerprint,
+    hugging_face,
     load_data,
     members,
     resized,
@@ -711,6 +713,25 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"hf:somebody/photos needs the extra hf: pip install moco-ssl\[hf\]"):
         load("hf:somebody/photos")
+
+
+@pytest.mark.parametrize("kind", ["a folder", "of the hub"])
+def test_a_row_names_no_file_outside_of_its_set(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "home" / "secret.png").write_bytes(png(1))
+    (tmp_path / "set" / "own.png").write_bytes(png(2))
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "home" / "secret.png")
+    named = ["set/own.png", "home/secret.png", "set/link.png", "set/../home/secret.png"]
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / name)}} for name in named]
+    library = SimpleNamespace(config=SimpleNamespace(HF_DATASETS_CACHE=tmp_path / "set"))
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr(hugging_face, "_images_of", lambda name, part: (rows, "image"))
+    name = f"hf:{tmp_path / 'set'}" if kind == "a folder" else "hf:somebody/photos"
+    assert read_image(f"{name}/train/0") == png(2)
+    for row in (1, 2, 3):
+        with pytest.raises(BadImage, match="the row names '.*png', a file outside of its set"):
+            FileImages((f"{name}/train/{row}",), None, None).decode(0)
 
 
 def test_a_hugging_face_set_is_read_row_by_row(tmp_path: Path) -> None:

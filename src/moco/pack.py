@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 from moco.config import DataConfig
-from moco.data import ArrayImages, BadImage, FileImages, Images, Splits, epoch_order, load_data
+from moco.data import ArrayImages, BadImage, FileImages, Images, Splits, load_data
 from moco.data.folder import report_bad
 from moco.data.index import Content, Index, Stamp, to_bytes, write
-from moco.data.keys import keys_of, suffix_of
-from moco.data.members import open_image, read_image
-from moco.data.shards import CLASSES, MANIFEST, PLAN
+from moco.data.keys import suffix_of
+from moco.data.members import read_image
+from moco.data.plan import Shard, begin, padded, plan_of
+from moco.data.remote import Unavailable
+from moco.data.shards import CLASSES, MANIFEST
 from moco.data.tar import BLOCK, Member, scan
 
 SHARD_SIZE = 512
@@ -48,20 +50,6 @@ class Packed(NamedTuple):
     """Bytes of all shards."""
     unreadable: tuple[str, ...]
     """Files that are in no shard."""
-
-
-class _Item(NamedTuple):
-    """An image that is to go into a shard."""
-
-    path: str
-    key: str
-    label: int | None
-    size: int
-
-
-class _Shard(NamedTuple):
-    tar: Path
-    items: list[_Item]
 
 
 def pack(
@@ -90,7 +78,8 @@ def pack(
         Where they are, how many, and what is not in them.
 
     Raises:
-        ValueError: no images or too many unreadable ones, images in memory, or a folder begun with other images.
+        ValueError: no images or too many unreadable ones, images in memory, or a folder that was begun with other
+            images or is being written by another process.
         FileExistsError: a folder with something else in it.
         OSError: the disk has no room, or gives back other bytes than were written.
 
@@ -102,32 +91,32 @@ def pack(
         raise ValueError(f"shard_size is {shard_size}; expected MiB above 0")
     out, parts = Path(out), _files(images, max_bad)
     folders = {part: out / part if len(parts) > 1 else out for part in parts}
-    plans = {part: _plan(found, folders[part], shard_size * 2**20) for part, found in parts.items()}
+    plans = {part: plan_of(found, folders[part], shard_size * 2**20) for part, found in parts.items()}
     shards = [shard for plan in plans.values() for shard in plan]
-    _begin(out, plans)
-    _check_room(out, shards)
-    for part, found in parts.items():
-        folders[part].mkdir(exist_ok=True)
-        if found.classes is not None and found.labels is not None:
-            write(folders[part] / CLASSES, json.dumps(found.classes, indent=0).encode())
-    work = _Work(sum(len(shard.items) for shard in shards), max_bad, on_progress)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        futures = [pool.submit(_make, shard, work) for shard in shards]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            work.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    report_bad(work.bad, work.total, max_bad)
-    told = {part: [str(shard.tar.relative_to(out)) for shard in plan] for part, plan in plans.items()}
-    counts = {part: len(found) for part, found in parts.items()}
-    left_out = tuple(sorted(bad.path for bad in work.bad))
-    told = {"format": 1, "shards": told, "images": counts, "unreadable": left_out}
-    write(out / MANIFEST, json.dumps(told, indent=1).encode())
-    size = sum(shard.tar.stat().st_size for shard in shards)
-    return Packed(out, len(shards), work.total - len(work.bad), size, left_out)
+    with begin(out, plans):
+        _check_room(out, shards)
+        for part, found in parts.items():
+            folders[part].mkdir(exist_ok=True)
+            if found.classes is not None and found.labels is not None:
+                write(folders[part] / CLASSES, json.dumps(found.classes, indent=0).encode())
+        work = _Work(sum(len(shard.items) for shard in shards), max_bad, on_progress)
+        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+            futures = [pool.submit(_make, shard, work) for shard in shards]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                work.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        report_bad(work.bad, work.total, max_bad)
+        told = {part: [str(shard.tar.relative_to(out)) for shard in plan] for part, plan in plans.items()}
+        counts = {part: len(found) for part, found in parts.items()}
+        left_out = tuple(sorted(bad.path for bad in work.bad))
+        told = {"format": 1, "shards": told, "images": counts, "unreadable": left_out}
+        write(out / MANIFEST, json.dumps(told, indent=1).encode())
+        size = sum(shard.tar.stat().st_size for shard in shards)
+        return Packed(out, len(shards), work.total - len(work.bad), size, left_out)
 
 
 @final
@@ -168,57 +157,9 @@ def _files(images: str | Path | Images | Splits, max_bad: float) -> dict[str, Fi
     return found
 
 
-def _plan(images: FileImages, folder: Path, size: float) -> list[_Shard]:
-    """Which image goes where: a function of the images alone."""
-    keys, labels = keys_of(images.paths), None if images.labels is None else images.labels.tolist()
-    shards: list[list[_Item]] = [[]]
-    filled = 0
-    # Neighbours in a folder are alike. Shuffled, every shard is a sample of all images.
-    for i in epoch_order(len(images), seed=0, epoch=0).tolist():
-        item = _Item(images.paths[i], keys[i], None if labels is None else labels[i], _size(images.paths[i]))
-        needs = _padded(item.size) + BLOCK * (1 if labels is None else 3)
-        if shards[-1] and filled + needs > size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(item)
-        filled += needs
-    digits = max(4, len(str(len(shards) - 1)))
-    return [_Shard(folder / f"{number:0{digits}}.tar", items) for number, items in enumerate(shards)]
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        pass
-    try:
-        with open_image(path) as file:
-            return file.seek(0, os.SEEK_END)
-    except (OSError, ValueError):
-        return 0  # its turn to be named unreadable comes
-
-
-def _begin(out: Path, plans: dict[str, list[_Shard]]) -> None:
-    digest = hashlib.sha256()
-    for plan in plans.values():
-        for shard in plan:
-            digest.update(f"{shard.tar.name}\n".encode())
-            for item in shard.items:
-                digest.update(os.fsencode(f"{item.path}\n{item.key}\n{item.label}\n{item.size}\n"))
-    plan, there = {"format": 1, "plan": digest.hexdigest()}, out / PLAN
-    if there.is_file():
-        if there.read_bytes() != json.dumps(plan).encode():
-            raise ValueError(f"{out} was begun with other images or another shard size; expected a new folder")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} has something else in it; expected a new folder, or one where this was begun")
-    out.mkdir(parents=True, exist_ok=True)
-    write(there, json.dumps(plan).encode())
-
-
-def _check_room(out: Path, shards: list[_Shard]) -> None:
+def _check_room(out: Path, shards: list[Shard]) -> None:
     waiting = [shard for shard in shards if not shard.tar.exists()]
-    need = sum(_padded(item.size) + 3 * BLOCK for shard in waiting for item in shard.items) + len(waiting) * _RECORD
+    need = sum(padded(item.size) + 3 * BLOCK for shard in waiting for item in shard.items) + len(waiting) * _RECORD
     free = shutil.disk_usage(out).free
     if need > free:
         raise OSError(
@@ -226,7 +167,7 @@ def _check_room(out: Path, shards: list[_Shard]) -> None:
         )
 
 
-def _make(shard: _Shard, work: _Work) -> None:
+def _make(shard: Shard, work: _Work) -> None:
     """Writes a shard, or finds that it is there as it should be."""
     if (kept := _kept(shard)) is not None:
         for item in shard.items:
@@ -243,11 +184,11 @@ def _make(shard: _Shard, work: _Work) -> None:
                 if work.stop.is_set():
                     return
                 try:
-                    content = read_image(item.path)
-                except (OSError, ValueError) as error:
-                    work.failed(BadImage(item.path, getattr(error, "strerror", None) or str(error)))
+                    content, suffix = _image(item.path)
+                except BadImage as bad:
+                    work.failed(bad)
                 else:
-                    images.append(_add(file, digest, f"{item.key}.{suffix_of(content, item.path)}", content))
+                    images.append(_add(file, digest, f"{item.key}.{suffix}", content))
                     members.append(images[-1])
                     labels.append(-1 if item.label is None else item.label)
                     if item.label is not None:
@@ -263,6 +204,9 @@ def _make(shard: _Shard, work: _Work) -> None:
         index = to_bytes(images, Content([image.name for image in images], labels, None, (), None), stamp)
         write(Path(f"{shard.tar}.index"), index)
         part.replace(shard.tar)
+    except Unavailable:
+        work.stop.set()
+        raise
     except OSError as error:
         work.stop.set()
         raise OSError(error.errno, f"{shard.tar} could not be written: {error.strerror or error}") from error
@@ -270,7 +214,21 @@ def _make(shard: _Shard, work: _Work) -> None:
         part.unlink(missing_ok=True)
 
 
-def _kept(shard: _Shard) -> set[str] | None:
+def _image(path: str) -> tuple[bytes, str]:
+    """An image's bytes and suffix. What only has an image's name is none: a set may name any file of this machine."""
+    try:
+        content = read_image(path)
+    except Unavailable:
+        raise
+    except (OSError, ValueError) as error:
+        raise BadImage(path, getattr(error, "strerror", None) or str(error)) from None
+    suffix = suffix_of(content)
+    if suffix is None:
+        raise BadImage(path, "not an image in a known format")
+    return content, suffix
+
+
+def _kept(shard: Shard) -> set[str] | None:
     """Keys in a finished shard; None if there is none, or its bytes are not those that were written."""
     try:
         index = Index(f"{shard.tar}.index")
@@ -301,7 +259,3 @@ def _read_back(part: Path, members: list[Member], sha256: str) -> Stamp:
             raise OSError(errno.EIO, "what is read back is not what was written; check the disk")
         status = os.fstat(file.fileno())
     return Stamp(status.st_size, status.st_mtime_ns, sha256)
-
-
-def _padded(size: int) -> int:
-    return size + -size % BLOCK

@@ -3,6 +3,7 @@
 A row is read by its path, `hf:NAME/PART/ROW`, and decoded by us like any file.
 """
 
+import errno
 import importlib
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from moco.config import DataConfig
 from moco.data.folder import FileImages, Splits
-from moco.data.members import HUGGING_FACE
+from moco.data.members import HUGGING_FACE, read_image
 
 HELD_OUT = ("test", "validation", "valid", "val")
 
@@ -42,7 +43,7 @@ def read_row(path: str) -> bytes:
     """The image file of `hf:NAME/PART/ROW`.
 
     Raises:
-        OSError: the row holds none.
+        OSError: the row holds none, or names a file that is not of its set.
         ValueError: as `load_hugging_face`.
     """
     name, part, row = path.removeprefix(HUGGING_FACE).rsplit("/", 2)
@@ -54,8 +55,22 @@ def read_row(path: str) -> bytes:
     if image and image["bytes"] is not None:
         return image["bytes"]
     if image and image["path"]:
-        return Path(image["path"]).read_bytes()
+        return read_image(_own(name, image["path"], path))
     raise FileNotFoundError(2, "the row holds no image", path)
+
+
+def _own(name: str, file: str, path: str) -> str:
+    """Whoever made a set could else have any file of whoever reads it packed, and given away."""
+    if Path(name).is_dir():
+        places = [name]
+    else:
+        cache = vars(_library(name).config)
+        places = [cache[each] for each in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH") if each in cache]
+        places.append(importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE)
+    whole = Path(file).resolve()
+    if not any(whole.is_relative_to(Path(place).expanduser().resolve()) for place in places):
+        raise PermissionError(errno.EACCES, f"the row names {file!r}, a file outside of its set", path)
+    return str(whole)
 
 
 def _images(name: str, part: str, config: DataConfig) -> FileImages:

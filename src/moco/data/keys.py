@@ -4,8 +4,6 @@ import hashlib
 import os
 import re
 
-from moco.data.index import SUFFIXES
-
 _KEPT = re.compile(r"[^A-Za-z0-9_+=@-]")
 _LONGEST = 80  # letters of a key: with its suffix it has to fit the 100 of a plain tar header
 MAGIC = (
@@ -14,7 +12,11 @@ MAGIC = (
     (b"GIF8", "gif"),
     (b"BM", "bmp"),
     (b"II*\0", "tif"),
+    (b"II+\0", "tif"),
+    (b"II\0*", "tif"),
     (b"MM\0*", "tif"),
+    (b"MM\0+", "tif"),
+    (b"MM*\0", "tif"),
 )
 """How files of a format begin; WebP is told by its ninth byte."""
 
@@ -41,10 +43,8 @@ def keys_of(paths: tuple[str, ...]) -> list[str]:
     return keys
 
 
-def suffix_of(content: bytes, path: str) -> str:
-    """Suffix by what the file is, for its name may lie; that of the name where this cannot be told."""
+def suffix_of(content: bytes) -> str | None:
+    """Suffix by what the file is, for its name may lie; None of what is no image that we read."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return "webp"
-    named = path.rpartition(".")[2].lower()
-    known = (suffix for magic, suffix in MAGIC if content.startswith(magic))
-    return next(known, named if named in SUFFIXES else "jpg")
+    return next((suffix for magic, suffix in MAGIC if content.startswith(magic)), None)

@@ -1,0 +1,125 @@
+"""Which image goes into which shard, and that one process alone writes them into a folder."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from moco.data.folder import FileImages
+from moco.data.keys import keys_of
+from moco.data.loader import epoch_order
+from moco.data.members import open_image
+from moco.data.remote import Unavailable
+from moco.data.shards import PLAN
+from moco.data.tar import BLOCK
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+
+class Item(NamedTuple):
+    """An image that is to go into a shard."""
+
+    path: str
+    key: str
+    label: int | None
+    size: int
+
+
+class Shard(NamedTuple):
+    """What goes into a tar, in its order."""
+
+    tar: Path
+    items: list[Item]
+
+
+def plan_of(images: FileImages, folder: Path, size: float) -> list[Shard]:
+    """Which image goes where: a function of the images alone.
+
+    Args:
+        images: to be packed.
+        folder: of the shards.
+        size: bytes that a shard is filled up to.
+    """
+    keys, labels = keys_of(images.paths), None if images.labels is None else images.labels.tolist()
+    shards: list[list[Item]] = [[]]
+    filled = 0
+    # Neighbours in a folder are alike. Shuffled, every shard is a sample of all images.
+    for i in epoch_order(len(images), seed=0, epoch=0).tolist():
+        item = Item(images.paths[i], keys[i], None if labels is None else labels[i], _size(images.paths[i]))
+        needs = padded(item.size) + BLOCK * (1 if labels is None else 3)
+        if shards[-1] and filled + needs > size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(item)
+        filled += needs
+    digits = max(4, len(str(len(shards) - 1)))
+    return [Shard(folder / f"{number:0{digits}}.tar", items) for number, items in enumerate(shards)]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        pass
+    try:
+        with open_image(path) as file:
+            return file.seek(0, os.SEEK_END)
+    except Unavailable:
+        raise
+    except (OSError, ValueError):
+        return 0  # its turn to be named unreadable comes
+
+
+def begin(out: Path, plans: dict[str, list[Shard]]) -> BinaryIO:
+    """Makes the folder, or finds it as it was begun. While the file that comes back is open, it is refused to others.
+
+    Raises:
+        ValueError: it was begun with other images, or another process writes there.
+        FileExistsError: it has something else in it.
+    """
+    digest = hashlib.sha256()
+    for plan in plans.values():
+        for shard in plan:
+            digest.update(f"{shard.tar.name}\n".encode())
+            for item in shard.items:
+                digest.update(os.fsencode(f"{item.path}\n{item.key}\n{item.label}\n{item.size}\n"))
+    plan, there = json.dumps({"format": 1, "plan": digest.hexdigest()}).encode(), out / PLAN
+    if not there.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} has something else in it; expected a new folder, or one where this was begun")
+    out.mkdir(parents=True, exist_ok=True)
+    file = there.open("a+b")
+    try:
+        _lock(file, out)
+        file.seek(0)
+        before = file.read()
+        if not before:
+            file.write(plan)
+            file.flush()
+            os.fsync(file.fileno())
+        elif before != plan:
+            raise ValueError(f"{out} was begun with other images or another shard size; expected a new folder")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _lock(file: BinaryIO, out: Path) -> None:
+    """Two processes would write the same files; the system lets go of it when a process is gone."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out} is being written by another `moco pack`; wait for it, or give a new folder") from None
+    except OSError:  # a file system without locks
+        return
+
+
+def padded(size: int) -> int:
+    """Bytes that so many take in a tar."""
+    return size + -size % BLOCK
