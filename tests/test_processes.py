@@ -539,6 +539,17 @@ def test_bad_files_of_all_processes_count_together(pair: Pair) -> None:
         assert line.startswith("4 of 100 files could not be read so far, expected at most 3.00%; remove them or raise")
 
 
+def bad_with_odd_names() -> list[str]:
+    known = set[str]()
+    share_bad(["one\nfile.jpg", "\udcff.jpg"][dist.rank() :][:1], known, num_images=100, max_bad=0.02)
+    return sorted(known)
+
+
+@two_processes
+def test_a_bad_file_counts_once_whatever_its_name(pair: Pair) -> None:
+    assert pair(bad_with_odd_names) == [["one\nfile.jpg", "\udcff.jpg"]] * 2
+
+
 # Real processes
 
 

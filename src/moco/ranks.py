@@ -1,6 +1,7 @@
 """What the processes of a run settle among themselves: that their images are the same, and that one stops all."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 
@@ -112,7 +113,7 @@ def share_bad(own: list[str], known: set[str], *, num_images: int, max_bad: floa
     """
     if dist.world_size() == 1:
         return
-    bad = {path for said in dist.everyone("\n".join(own)) for path in said.split("\n") if path}
+    bad = {path for said in dist.everyone(json.dumps(own)) for path in json.loads(said)}
     new = sorted(bad - known - set(own))
     known |= bad
     if new and dist.rank() == 0:
