@@ -126,6 +126,37 @@ def test_worker_processes_give_what_this_process_gives_and_use_one_thread(tmp_pa
     assert all((batch == 1).all() for batch, _ in loader(images, workers=2, crop=threads, max_bad=0.1).epoch(0))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_made_in_parts_is_the_batch_made_at_once(workers, tmp_path, monkeypatch):
+    images = files(tmp_path, 24, broken=(5, 6))
+    views = TwoViews(view_specs(ViewsConfig(recipe="v2", size=16)), 16)
+    settings = {"batch_size": 12, "max_bad": 0.2, "crop": views, "world_size": 1}
+    whole = list(loader(images, **settings).epoch(1))
+    monkeypatch.setattr("moco.data.reader.PART", 4)
+    deal = loader(images, workers=workers, **settings)
+    for start in (0, 1):
+        for (batch, ids), (expected, expected_ids) in zip(deal.epoch(1, start=start), whole[start:], strict=True):
+            assert torch.equal(batch, expected) and torch.equal(ids, expected_ids)
+            assert batch.stride() == expected.stride()
+    assert len(deal.bad) == 2
+
+
+def test_what_is_read_ahead_does_not_grow_with_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("moco.data.reader.PART", 2)
+    images, log = files(tmp_path / "images", 96), tmp_path / "read"
+
+    def noted(image, id, epoch):
+        with log.open("ab") as file:
+            file.write(b".")
+        return crop(image, id, epoch)
+
+    batches = loader(images, batch_size=24, workers=2, crop=noted).epoch(0)
+    next(batches)
+    time.sleep(1)
+    assert 2 * 24 <= log.stat().st_size <= 24 + 2 * 2 * 7  # a batch ahead, and a part for each worker
+    assert len(list(batches)) == 3 and log.stat().st_size == 96
+
+
 def test_a_signal_to_all_processes_of_a_group_leaves_the_readers_to_whoever_trains(tmp_path):
     images, batches = files(tmp_path, 40), []
     for batch in loader(images, workers=2).epoch(0):

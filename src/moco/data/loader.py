@@ -7,44 +7,27 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple, Protocol, final, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any, final
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
 from moco.data.arrays import ArrayImages
-from moco.data.decode import BadImage, quiet_pillow
+from moco.data.decode import BadImage
 from moco.data.folder import NUM_NAMED, FileImages, Images
+from moco.data.reader import Boxes, Crop, Part, Reader, joined, parts_of
 from moco.data.remote import Unavailable, is_remote
 from moco.data.window import refuse_little_room, windowed
-from moco.transforms import Box, centred
+from moco.transforms import centred
 
 DECODED_AT_ONCE = 32
 """Full-size pictures held at a time when they are only wanted small."""
 
 MAX_WORKERS = 16
-"""Reading processes that are started unasked; so many feed a GPU, and each holds batches in memory."""
-
-Crop = Callable[[UInt8[Tensor, "c h w"], int, int], UInt8[Tensor, "v c s s"]]
-"""(image, id, epoch) -> its views."""
-
-
-@runtime_checkable
-class Boxes(Protocol):
-    """Crops that are known before an image is decoded, so that no more of it is decoded than they need."""
-
-    @property
-    def size(self) -> int:
-        """Side of a view."""
-        ...
-
-    def boxes(self, ids: Int64[Tensor, " n"], *, epoch: int) -> Callable[[int, int, int], list[Box]]:
-        """(place among the ids, height, width of that image) -> the crop of each of its views."""
-        ...
+"""Reading processes that are started unasked; so many feed a GPU, and each holds images in memory."""
 
 
 def epoch_order(num_images: int, *, seed: int, epoch: int) -> Int64[Tensor, " n"]:
@@ -139,8 +122,10 @@ class Loader:
 
     def _from_files(self, order: Tensor, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         assert isinstance(self._images, FileImages) and self._crop is not None
-        reader = _Reader(self._images, order, self._crop, epoch, self._max_bad)
-        everything = range(len(order))
+        reader = Reader(self._images, order, self._crop, epoch, self._max_bad)
+        steps = [parts_of(range(len(order))[self._positions(step)]) for step in range(start, self.steps_per_epoch)]
+        # A batch ahead, and a part of the next for each: more only takes memory.
+        ahead = 1 + -(-max(map(len, steps), default=1) // max(1, self._workers))
         with warnings.catch_warnings():
             # From Python 3.12 on a fork beside threads warns. A worker runs one thread and takes no lock of ours.
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
@@ -148,9 +133,10 @@ class Loader:
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
             batches = DataLoader(
                 reader,
-                sampler=[everything[self._positions(step)] for step in range(start, self.steps_per_epoch)],
+                sampler=[part for parts in steps for part in parts],
                 batch_size=None,
                 num_workers=self._workers,
+                prefetch_factor=ahead if self._workers else None,
                 collate_fn=_unchanged,
                 pin_memory=self._device.type == "cuda",
                 # Else every epoch would draw from the global generator, and a resumed run would draw differently.
@@ -160,30 +146,31 @@ class Loader:
             )
             iterator = iter(batches)
         try:
-            while True:
-                begin = time.perf_counter()
-                batch = next(iterator, None)
+            for parts in steps:
+                begin, made = time.perf_counter(), list[Part]()
+                for _ in parts:
+                    made.append(next(iterator))
+                    self._record(made[-1].bad)
+                    if made[-1].failure:
+                        raise Unavailable(made[-1].failure)
                 self._wait_seconds += time.perf_counter() - begin
-                if batch is None:
-                    return
-                self._record(batch.bad)
-                if batch.failure:
-                    raise Unavailable(batch.failure)
-                yield self._moved(batch.images), batch.ids
+                yield self._moved(made)
         finally:
             # Ends the workers now, not when somebody lets go of an error's traceback.
             del iterator
 
-    def _moved(self, images: Tensor) -> Tensor:
+    def _moved(self, parts: list[Part]) -> tuple[Tensor, Tensor]:
         """On a GPU already when it is needed: copied from pinned memory while the step before is still computed."""
+        images, ids = [part.images for part in parts], torch.cat([part.ids for part in parts])
+        parts.clear()  # or the batch would be there twice while it is computed
         if self._stream is None:
-            return images
+            return joined(images, images[0].device), ids
         with torch.cuda.stream(self._stream):
-            images = images.to(self._device, non_blocking=True)
+            batch = joined(images, self._device)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
-        images.record_stream(current)  # else its memory could be given away while the step still reads it
-        return images
+        batch.record_stream(current)  # else its memory could be given away while the step still reads it
+        return batch, ids.pin_memory()
 
     def _record(self, bad: list[BadImage]) -> None:
         log = logging.getLogger("moco")
@@ -200,64 +187,6 @@ class Loader:
                 f"{len(self.bad)} of {len(self._images)} files could not be read so far, expected at most"
                 f" {self._max_bad:.2%}; remove them or raise data.max_bad: {', '.join(map(repr, self.bad[:5]))}"
             )
-
-
-class _Batch(NamedTuple):
-    """What a worker sends: views, ids, and the files that it had to replace."""
-
-    images: Tensor
-    ids: Tensor
-    bad: list[BadImage]
-    failure: str = ""
-    """What no other image can stand in for, in words: as an error it would come with a worker's traceback."""
-
-
-@final
-class _Reader(Dataset[_Batch]):
-    """Whole batches by their places in the order; nothing in it is random."""
-
-    def __init__(self, images: FileImages, order: Int64[Tensor, " n"], crop: Crop | Boxes, epoch: int, max_bad: float):
-        self._images, self._order, self._crop, self._epoch = images, order, crop, epoch
-        # With more failures in a row the parent stops anyway.
-        self._attempts = min(len(order), int(max_bad * len(order)) + 2)
-
-    def __getitem__(self, index: Sequence[int]) -> _Batch:
-        """The batch at these places in the order."""
-        bad: list[BadImage] = []
-        wanted = self._order[torch.as_tensor(index)]
-        found, failure = [], ""
-        try:
-            with quiet_pillow():
-                read = self._read(wanted)
-                found = [self._first_readable(read, place, position, bad) for place, position in enumerate(index)]
-        except Unavailable as error:
-            failure = str(error)
-        good = [item for item in found if item is not None]
-        if not good:
-            return _Batch(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), bad, failure)
-        # One copy, into the memory that is shared with the parent; the channels of a pixel stay together in it.
-        flat = default_collate([view.permute(1, 2, 0) for views, _ in good for view in views])
-        images = flat.unflatten(0, (len(good), -1)).permute(0, 1, 4, 2, 3)
-        return _Batch(images, torch.tensor([id for _, id in good], dtype=torch.int64), bad)
-
-    def _read(self, ids: Int64[Tensor, " n"]) -> Callable[[int], Sequence[Tensor]]:
-        """Place among the ids -> the views of that image. What can be drawn for all at once is drawn here."""
-        crop = self._crop
-        if isinstance(crop, Boxes):
-            boxes = crop.boxes(ids, epoch=self._epoch)
-            return lambda place: self._images.crops(int(ids[place]), partial(boxes, place), size=crop.size)
-        return lambda place: crop(self._images.decode(int(ids[place])), int(ids[place]), self._epoch).unbind()
-
-    def _first_readable(
-        self, read: Callable[[int], Sequence[Tensor]], place: int, position: int, bad: list[BadImage]
-    ) -> tuple[Sequence[Tensor], int] | None:
-        for attempt in range(self._attempts):
-            id = self._order[(position + attempt) % len(self._order)]
-            try:
-                return (self._read(id[None])(0) if attempt else read(place)), int(id)
-            except BadImage as error:
-                bad.append(error)
-        return None
 
 
 def _unchanged(batch: Any) -> Any:
