@@ -1,8 +1,8 @@
 """Measures tar shards against the same files in a folder, and our index of a tar against Python's tarfile.
 
 Adds a row to results/shards.csv. Rounds of all kinds take turns; each figure is the median, in
-microseconds for a member or image: of processor time, but for epochs of the `Loader`, which reads by other processes and
-here over many small tars, time on the clock. The files are in memory already: it is not the disk that is measured.
+microseconds for a member or image: of processor time, but for epochs of the `Loader`, which reads by other processes
+and here over many small tars, time on the clock. The files are in memory already: it is not the disk that is measured.
 
 uv run python benchmarks/shards.py --images photos/train --rounds 5
 """

@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import tarfile
@@ -523,6 +524,21 @@ def test_threads_with_room_for_one_shard_take_turns(tmp_path: Path, monkeypatch:
     paths = [f"memory://set/{i // 4:04}.tar/{i:04}.png" for i in range(32)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(read_image, paths)) == [png(i) for i in range(32)]
+
+
+def read_in_turn(seed: int) -> bool:
+    places = torch.randint(0, 32, (150,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return all(read_image(f"memory://set/{i // 4:04}.tar/{i:04}.png") == png(i) for i in places)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_processes_that_fetch_and_remove_the_same_copies_do_not_harm_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote_shards(tmp_path, count=8)
+    monkeypatch.setenv("MOCO_CACHE_GIB", str(3.5 * find("memory://set/0000.tar").size / 2**30))
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(read_in_turn, range(4), chunksize=1) == [True] * 4
 
 
 def test_a_fetch_that_takes_its_time_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def index_of(tar: str) -> Index:
                 return index
         except (ValueError, KeyError, TypeError):
             pass
-        local.unlink()
+        local.unlink(missing_ok=True)
     file = open_copy(tar)
     try:
         images, content = read_tar(file, tar)

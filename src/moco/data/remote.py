@@ -192,7 +192,8 @@ def _make_room(folder: Path, place: Place) -> None:
                 break
             if _remove(file, file):
                 used -= size
-                file.with_suffix(".lock").unlink(missing_ok=True)
+                # Not while somebody has it: who fetches this one anew would lose what keeps others from its part.
+                _remove(file.with_suffix(".lock"), file.with_suffix(".lock"))
         if used <= free:
             return
         # What others fetch comes to an end, and then there may be room: only where nothing happens it is no use.
@@ -235,6 +236,8 @@ def _remove(file: Path, lock: Path) -> bool:
         return True
     try:
         _lock(handle, wait=False)
+        if not os.fstat(handle).st_nlink:  # removed between the two calls; there may be another of that name
+            return lock == file
         file.unlink(missing_ok=True)
         return True
     except OSError:
