@@ -67,7 +67,7 @@ def test_images_beside_subfolders_or_in_one_subfolder_have_no_labels(files, tmp_
     assert names(train, tmp_path) == sorted(files)
 
 
-@pytest.mark.parametrize("held_out", ["test", "val", "valid"])
+@pytest.mark.parametrize("held_out", ["test", "val", "valid", "validation"])
 def test_train_and_held_out_folders_are_the_splits(held_out, tmp_path):
     for name in ("train/a/1.png", "train/b/1.png", "train/c/1.png", f"{held_out}/c/2.png", f"{held_out}/b/3.png"):
         write(tmp_path / name)

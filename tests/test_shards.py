@@ -38,6 +38,7 @@ from moco.data import (
 )
 from moco.data import folder as folders
 from moco.data import index as indexes
+from moco.data.folder import HELD_OUT
 from moco.data.members import let_go, open_image, read_image
 from moco.data.remote import FETCHES, Unavailable, find, open_copy
 from moco.data.shards import expand
@@ -175,6 +176,12 @@ def test_a_tar_a_pattern_a_glob_and_a_folder_are_understood(tmp_path: Path, monk
         load(f"{folder}/{{0000..0004}}.tar")
     with pytest.raises(ValueError, match="no file is called as in"):
         load(f"{folder}/x*.tar")
+
+
+@pytest.mark.parametrize("held_out", HELD_OUT)
+def test_shards_know_the_same_held_out_folders_as_images(tmp_path: Path, held_out: str) -> None:
+    shards(tmp_path / "train", count=2), shards(tmp_path / held_out, count=1)
+    assert [len(part) for part in load(tmp_path)] == [8, 4]
 
 
 def test_shards_in_train_and_test_are_the_splits(tmp_path: Path) -> None:

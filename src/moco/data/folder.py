@@ -21,6 +21,8 @@ from moco.data.decode import BadImage, Decoded, check_header, decode, decode_shr
 from moco.data.index import SUFFIXES
 from moco.transforms import Box, crop_resize, shrink_of, shrunk_box
 
+HELD_OUT = ("test", "val", "valid", "validation")
+"""Names of the part that is kept for evaluation, of every kind of source; the first that is there is taken."""
 SMALL_SIDE = 64
 """Images of one size up to this many pixels a side are decoded once and held, if `data.memory` allows."""
 NUM_CHECKED = 100_000
@@ -130,7 +132,7 @@ class _Listing(NamedTuple):
 def load_folder(folder: Path, config: DataConfig) -> Splits:
     """Images of a folder in sorted order, hidden files left out.
 
-    `train/` beside `test/`, `val/` or `valid/` are the two splits; of several held-out ones, the first with labels.
+    `train/` beside a folder named in `HELD_OUT` are the two splits; of several held-out ones, the first with labels.
     At least two subfolders with images and no image beside them are classes. Anything else is unlabelled images,
     however nested.
 
@@ -138,7 +140,7 @@ def load_folder(folder: Path, config: DataConfig) -> Splits:
         ValueError: no images, a test class that training does not have, or too many unreadable files.
     """
     subfolders = {entry.name for entry in _entries(str(folder)) if _is_folder(entry)}
-    held_out = [name for name in ("test", "val", "valid") if name in subfolders]
+    held_out = [name for name in HELD_OUT if name in subfolders]
     if "train" not in subfolders or not (held_out or len(subfolders) == 1):
         return Splits(_read(_list(folder), folder, config, config.memory * 2**30), None)
     train_listing = _list(folder / "train")

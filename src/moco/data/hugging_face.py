@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from moco.config import DataConfig
-from moco.data.folder import FileImages, Splits
+from moco.data.folder import HELD_OUT, FileImages, Splits
 from moco.data.members import HUGGING_FACE, read_image
-
-HELD_OUT = ("test", "validation", "valid", "val")
 
 
 def is_hugging_face(source: str) -> bool:

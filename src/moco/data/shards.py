@@ -21,14 +21,13 @@ from moco.config import DataConfig
 from moco.data import remote
 from moco.data.arrays import ArrayImages
 from moco.data.decode import BadImage
-from moco.data.folder import FileImages, Images, Splits, _Listing, _read, report_bad
+from moco.data.folder import HELD_OUT, FileImages, Images, Splits, _Listing, _read, report_bad
 from moco.data.index import SUFFIXES, Content
 from moco.data.members import index_of, let_go
 from moco.data.remote import is_remote
 
 MANIFEST, PLAN, CLASSES = "pack.json", ".plan.json", "classes.json"
 """Beside packed shards: which there are, and the names of the class numbers."""
-HELD_OUT = ("test", "val", "valid")
 _AT_ONCE = 16  # shards asked for at a time
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAGIC = re.compile(r"[*?\[]")
