@@ -220,7 +220,7 @@ def test_data_with_a_recipe_keeps_the_recipe(library: Library) -> None:
         (["pretrain", "--optim.base_lr", "fast"], '--optim.base_lr: unable to convert "fast" into float'),
         (["pretrain", "--optim.base_lr", "-1"], "optim.base_lr is -1.0; expected greater than or equal to 0"),
         (["pretrain", "--optim.schedule", "cosin"], 'Did you mean "cosine"?'),
-        (["pretrain", "--data.channels", "4"], "Choose from: 1, 3"),
+        (["pretrain", "--data.channels", "0"], "data.channels is 0; expected greater than 0"),
         (["pretrain", "--engine.devices", "two"], '--engine.devices: unable to convert "two"'),
         (["pretrain", "--epochs"], "--epochs requires an argument"),
         (["pretrain", "--epochs", "1", "--epochs", "2"], "--epochs specified multiple times"),

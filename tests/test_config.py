@@ -90,7 +90,7 @@ def test_an_unknown_name_is_told_the_closest_one(data, name: str, closest: str) 
             {"optim": 3},
             "optim is 3; expected settings of its own, such as optim.name, optim.base_lr, optim.lr_scaling",
         ),
-        ({"data": {"channels": 4}}, "data.channels is 4; expected 1 or 3"),
+        ({"data": {"channels": 0}}, "data.channels is 0; expected greater than 0"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_name_given_and_expected(data, line: str) -> None:

@@ -331,7 +331,7 @@ def test_images_of_other_channels_than_the_encoders_are_refused_in_one_line() ->
     grey, many = image_encoder(channels=1), image_encoder(channels=4)
     with pytest.raises(ValueError, match="^images have 3 channels; expected the encoder's 1$"):
         grey.preprocess(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="^the encoder takes 4-channel images; moco reads images of 1 or 3 channels: "):
+    with pytest.raises(ValueError, match="^the encoder takes 4-channel images; pictures are read with 1 or 3: "):
         many.preprocess([Image.new("RGBA", (8, 8))])
     pixels = torch.zeros(1, 4, 8, 8, dtype=torch.uint8)
     assert many(many.preprocess(pixels)).shape == (1, many.num_features)

@@ -354,11 +354,11 @@ def test_images_of_four_channels_are_the_users_own_to_prepare(tmp_path: Path) ->
     torch.save(timm.create_model("resnet18", in_chans=4, num_classes=0).state_dict(), tmp_path / "theirs.pth")
     encoder = moco.load_encoder(tmp_path / "theirs.pth")
     assert encoder(torch.randn(2, 4, 64, 64)).shape == (2, 512) and len(encoder.mean) == len(encoder.std) == 4
-    with pytest.raises(ValueError, match="^the encoder takes 4-channel images; moco reads images of 1 or 3 channels"):
+    with pytest.raises(ValueError, match="^the encoder takes 4-channel images; pictures are read with 1 or 3: "):
         encoder.preprocess([Image.new("RGB", (8, 8))])
     model = {"backbone": "resnet18", "queue_size": 64, "dim": 8}
     config = parse_config({"batch_size": 32, "model": model, "init_from": str(tmp_path / "theirs.pth")})
-    with pytest.raises(ValueError, match="for 4 channels; .*: images have 1 or 3 here: start from another file$"):
+    with pytest.raises(ValueError, match="for 4 channels; .*: give --data.channels 4, or start from another file$"):
         checkpoint.initialise(build_model(config.model), config)
 
 

@@ -263,8 +263,8 @@ def initialise(model: MoCo, config: PretrainConfig) -> str:
         is_, expected = (f"a {name} with {stem} stem for {n} channels" for name, stem, n in (theirs, wanted))
         flags = ("--model.backbone", "--model.stem", "--data.channels")
         give = [f"{flag} {theirs[i]}" for i, flag in enumerate(flags) if have[i] != need[i]]
-        change = f"give {' '.join(give)}, or start" if source.channels in (1, 3) else "images have 1 or 3 here: start"
-        raise ValueError(f"{path} is {is_}; the settings are for {expected}: {change} from another file")
+        change = f"give {' '.join(give)}, or start from another file"
+        raise ValueError(f"{path} is {is_}; the settings are for {expected}: {change}")
     query = model.query_encoder
     assert isinstance(query, Encoder)
     query.backbone.load_state_dict(source.network.state_dict())

@@ -29,8 +29,9 @@ class DataConfig(Section):
     `test/`), tar shards, a URL of such, or `hf:NAME`."""
     size: Count | None = None
     """Side in pixels at which images are looked at when features are taken; not given: that of the views."""
-    channels: Literal[1, 3] = 3
-    """Channels the encoder sees; grey images are repeated to 3, colour ones averaged to 1."""
+    channels: Annotated[int, Field(gt=0, le=1024)] = 3
+    """Channels the encoder sees; grey images are repeated to 3, colour ones averaged to 1. Any other number: arrays of
+    so many."""
     memory: Annotated[float, Field(gt=0)] = 2.0
     """GiB that decoded images may take; a larger set is read from disk at every epoch."""
     cache: Path | None = None

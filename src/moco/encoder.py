@@ -254,11 +254,11 @@ def own_size(backbone: nn.Module) -> int | None:
 
 
 def refuse_channels(channels: int) -> None:
-    """Raises ValueError where an encoder takes images that are read nowhere here."""
+    """Raises ValueError where an encoder takes what no picture holds."""
     if channels not in (1, 3):
         raise ValueError(
-            f"the encoder takes {channels}-channel images; moco reads images of 1 or 3 channels: make normalised "
-            "tensors of your own and call encoder(images)"
+            f"the encoder takes {channels}-channel images; pictures are read with 1 or 3: give a uint8 tensor "
+            f"[n, {channels}, h, w]"
         )
 
 

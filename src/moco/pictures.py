@@ -246,8 +246,8 @@ def _whole(images: Images, index: int) -> np.ndarray:
 
 
 def _bare(picture: np.ndarray) -> np.ndarray:
-    """Without an axis for the one channel of a grey picture."""
-    return picture[:, :, 0] if picture.shape[2] == 1 else picture
+    """In colour, of more channels the first three; or the first channel alone, without an axis for it."""
+    return picture[:, :, :3] if picture.shape[2] >= 3 else picture[:, :, 0]
 
 
 def _class(images: Images, index: int) -> str:

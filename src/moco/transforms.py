@@ -222,8 +222,10 @@ def pixels_of(image: Image.Image, channels: int) -> UInt8[np.ndarray, "c h w"]:
     """A PIL image of any mode as uint8: transparency lies on white, grey of 16 bits is scaled to 8.
 
     Raises:
-        ValueError: floating-point pixels, or whole numbers of more than 16 bits.
+        ValueError: floating-point pixels, whole numbers of more than 16 bits, or other channels than 1 or 3.
     """
+    if channels not in (1, 3):
+        raise ValueError(f"pictures have 1 or 3 channels; expected {channels}: give arrays or tensors of so many")
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64)
         if wide.min() < 0 or wide.max() > 65535:

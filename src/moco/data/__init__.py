@@ -56,6 +56,7 @@ def load_data(config: DataConfig) -> Splits:
     """
     if config.source == GIVEN:
         raise ValueError("this run's images were handed over by a program; hand them over again with data=...")
+    _refuse_channels(config)
     if config.source in DATASETS:
         return DATASETS[config.source](config)
     if is_hugging_face(config.source):
@@ -72,3 +73,11 @@ def load_data(config: DataConfig) -> Splits:
         f" {', '.join(DATASETS)}, or a folder of images or tar shards"
         + (f"; did you mean {close[0]!r}?" if close else "")
     )
+
+
+def _refuse_channels(config: DataConfig) -> None:
+    if config.channels not in (1, 3):
+        raise ValueError(
+            f"data.channels is {config.channels}; {config.source!r} is read with 1 or 3: give images of"
+            f" {config.channels} channels as an array file (.npy, .npz, .pt) or from Python as a uint8 array or tensor"
+        )

@@ -157,6 +157,20 @@ def decode_shrunk(path: str, channels: int, shrink: Callable[[int, int], int]) -
         return Decoded(found, height if jpeg else found.shape[1], width if jpeg else found.shape[2], factor)
 
 
+def with_channels(images: UInt8[Tensor, "n _ h w"], channels: int) -> UInt8[Tensor, "n {channels} h w"]:
+    """Grey repeated to 3 channels, colour averaged to 1 by `luma`; images that have as many stay as they are.
+
+    Raises:
+        ValueError: another number of channels than asked for, and not 1 and 3.
+    """
+    has = images.shape[1]
+    if has == channels:
+        return images
+    if {has, channels} != {1, 3}:
+        raise ValueError(f"images have {has} channels; expected {channels}: see --data.channels")
+    return luma(images) if channels == 1 else images.repeat(1, 3, 1, 1)
+
+
 def luma(images: UInt8[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 1 h w"]:
     """Colour to grey with Pillow's weights and rounding (Rec. 601)."""
     red, green, blue = images.to(torch.int32).split(1, dim=1)

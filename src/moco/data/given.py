@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from moco.data.arrays import ArrayImages
-from moco.data.decode import luma
+from moco.data.decode import with_channels
 from moco.data.folder import FileImages, Images
 from moco.data.remote import is_remote
 from moco.data.window import WINDOW, few_shards, in_windows
@@ -28,7 +28,7 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
     Args:
         given: uint8 tensor `[n, c, h, w]` or `[n, h, w]`; uint8 array `[n, h, w, c]` or `[n, h, w]`; PIL images;
             a map-style dataset of PIL images or uint8 tensors, alone or as (image, label); or what `load_data` gives.
-        channels: 1 or 3; grey is repeated, colour averaged.
+        channels: of the result; grey is repeated to 3, colour averaged to 1. PIL images have 1 or 3.
 
     Raises:
         ValueError: none of these, no images, or images of several sizes.
@@ -60,10 +60,7 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
         raise ValueError(
             f"images are {pixels.dtype} of shape {tuple(pixels.shape)}; expected uint8 [n, c, h, w], n > 0"
         )
-    if pixels.shape[1] != channels and {pixels.shape[1], channels} == {1, 3}:
-        pixels = luma(pixels) if channels == 1 else pixels.repeat(1, 3, 1, 1)
-    if pixels.shape[1] != channels:
-        raise ValueError(f"images have {pixels.shape[1]} channels; expected {channels}: see --data.channels")
+    pixels = with_channels(pixels, channels)
     classes = None if labels is None else tuple(str(number) for number in range(int(labels.max()) + 1))
     return ArrayImages(pixels.contiguous(), labels, classes, tuple(str(number) for number in range(len(pixels))))
 

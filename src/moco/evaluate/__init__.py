@@ -146,7 +146,7 @@ def _resolved(settings: EvaluateConfig, way: Protocol, run: Run | None) -> Evalu
 
 def _images(run: Run | None, data: str | None, channels: int, source: str | Path) -> DataConfig:
     if data is not None:
-        return DataConfig(source=data, channels=1 if channels == 1 else 3)
+        return DataConfig(source=data, channels=channels)
     if run is None:
         raise ValueError(f"{source} is a checkpoint without images; say with --data what to measure it on")
     return run.config.data
