@@ -13,6 +13,7 @@ from torch import nn
 from moco.config import DataConfig, PretrainConfig
 from moco.data.datasets import cifar_folder
 from moco.data.folder import SUFFIXES
+from moco.data.listed import count_listed, is_list
 from moco.engine import BF16_UNITS, choose_precision, cpu_flags
 from moco.recipes import load_recipe
 from moco.variants import build_model
@@ -104,7 +105,9 @@ def needs(config: PretrainConfig) -> list[Row]:
     rows = [Row("recipe", config.recipe)]
     count = num_images(config.data)
     if count is None:
-        rows.append(Row("images", "not here", f"{config.data.source} is neither a known name nor a folder"))
+        rows.append(
+            Row("images", "not here", f"{config.data.source} is neither a known name nor a folder, list or array file")
+        )
     else:
         steps = count // config.batch_size
         share = config.model.queue_size / count if count else 0.0
@@ -132,13 +135,18 @@ def needs(config: PretrainConfig) -> list[Row]:
 
 
 def num_images(data: DataConfig) -> int | None:
-    """Training images of a named set or of a folder; None where that is not known without a download.
+    """Training images of a named set, a folder or a list; None where that is not known without a download.
 
-    Files are counted by their suffix, not opened.
+    Files are counted by their suffix or in the list, not opened.
+
+    Raises:
+        ValueError: a list that cannot be read.
     """
     if data.source in NAMED:
         return NAMED[data.source]
     folder = Path(data.source).expanduser()
+    if is_list(data.source):
+        return count_listed(folder)
     if not folder.is_dir():
         return None
     if cifar_folder(folder):

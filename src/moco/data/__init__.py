@@ -11,6 +11,7 @@ from moco.data.decode import BadImage
 from moco.data.folder import FileImages, Images, Splits, load_folder
 from moco.data.given import as_images, fingerprint, some_of
 from moco.data.hugging_face import is_hugging_face, load_hugging_face
+from moco.data.listed import is_list, load_list
 from moco.data.loader import Loader, epoch_order, resized
 from moco.data.shards import is_shards, load_shards
 
@@ -59,6 +60,8 @@ def load_data(config: DataConfig) -> Splits:
     _refuse_channels(config)
     if config.source in DATASETS:
         return DATASETS[config.source](config)
+    if is_list(config.source):
+        return load_list(Path(config.source).expanduser(), config)
     if is_hugging_face(config.source):
         return load_hugging_face(config.source, config)
     if is_shards(config.source):
