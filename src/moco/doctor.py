@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from moco.config import DataConfig, PretrainConfig
+from moco.data import load_data
+from moco.data.array_file import is_array_file
 from moco.data.datasets import cifar_folder
 from moco.data.folder import SUFFIXES
 from moco.data.listed import count_listed, is_list
@@ -135,16 +137,18 @@ def needs(config: PretrainConfig) -> list[Row]:
 
 
 def num_images(data: DataConfig) -> int | None:
-    """Training images of a named set, a folder or a list; None where that is not known without a download.
+    """Training images of a set, a folder, a list or an array file; None where only a download would tell.
 
     Files are counted by their suffix or in the list, not opened.
 
     Raises:
-        ValueError: a list that cannot be read.
+        ValueError: a list or an array file that cannot be read.
     """
     if data.source in NAMED:
         return NAMED[data.source]
     folder = Path(data.source).expanduser()
+    if is_array_file(data.source):
+        return len(load_data(data).train)
     if is_list(data.source):
         return count_listed(folder)
     if not folder.is_dir():

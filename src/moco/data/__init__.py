@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moco.config import DataConfig
+from moco.data.array_file import is_array_file, load_array_file
 from moco.data.arrays import ArrayImages
 from moco.data.datasets import cifar10, cifar100, cifar_folder, digits, imagenet
 from moco.data.decode import BadImage
@@ -44,7 +45,7 @@ DATASETS: dict[str, Callable[[DataConfig], Splits]] = {
 
 
 def load_data(config: DataConfig) -> Splits:
-    """Images of `config.source`: a name in `DATASETS`, a folder of images, tar shards, or a Hugging Face set.
+    """Images of `config.source`: a name in `DATASETS`, a folder of images, a list, an array file, shards, or `hf:NAME`.
 
     A folder may also be one with CIFAR's python files. Shards are a tar, a pattern or folder of tars, or their URL.
 
@@ -57,6 +58,8 @@ def load_data(config: DataConfig) -> Splits:
     """
     if config.source == GIVEN:
         raise ValueError("this run's images were handed over by a program; hand them over again with data=...")
+    if is_array_file(config.source):
+        return load_array_file(Path(config.source).expanduser(), config)
     _refuse_channels(config)
     if config.source in DATASETS:
         return DATASETS[config.source](config)
@@ -73,8 +76,8 @@ def load_data(config: DataConfig) -> Splits:
     close = difflib.get_close_matches(config.source, DATASETS, n=1)
     raise ValueError(
         f"data source {config.source!r} {'is a file' if folder.exists() else 'does not exist'}; expected one of"
-        f" {', '.join(DATASETS)}, or a folder of images or tar shards"
-        + (f"; did you mean {close[0]!r}?" if close else "")
+        f" {', '.join(DATASETS)}, or a folder of images or tar shards, a list (.csv, .tsv, .parquet) or an array file"
+        " (.npy, .npz, .pt)" + (f"; did you mean {close[0]!r}?" if close else "")
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
@@ -42,3 +43,17 @@ class ArrayImages:
             paths=tuple(self.paths[i] for i in chosen.tolist()),
             skipped=self.skipped,
         )
+
+
+def planes(array: UInt8[np.ndarray, "..."], channels: int) -> UInt8[np.ndarray, "n c h w"]:
+    """A view of `[n, h, w]`, `[n, h, w, c]` or `[n, c, h, w]` as the last of these.
+
+    The axis of the channels is the last if it has a number that will do for `channels`, else the second if that does;
+    failing both, the shorter one.
+    """
+    if array.ndim == 3:
+        return array[:, None]
+    will_do = (1, 3) if channels in (1, 3) else (channels,)
+    second, last = array.shape[1], array.shape[-1]
+    is_second = last not in will_do and (second in will_do or second < last)
+    return array if is_second else np.moveaxis(array, -1, 1)

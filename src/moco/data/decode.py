@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moco.data.members import open_image
 from moco.data.remote import Unavailable
+from moco.data.rows import is_row, read_row
 from moco.transforms import pixels_of
 
 try:
@@ -112,8 +113,8 @@ def decode(path: str, channels: int) -> UInt8[np.ndarray, "c h w"]:
     Call inside `quiet_pillow`. Of several frames (GIF, TIFF) it is the first. Colour to grey is by Rec. 601 luma.
 
     Args:
-        path: the file; or one in a tar, or a row, as `open_image` takes it.
-        channels: 1 or 3.
+        path: the file; or one in a tar, or a row, as `open_image` takes it; or a row of an array file.
+        channels: 1 or 3; of array files any number that they have.
 
     Raises:
         BadImage: the file is missing, broken, cut off, too large, or holds floating-point pixels.
@@ -125,14 +126,17 @@ def decode_shrunk(path: str, channels: int, shrink: Callable[[int, int], int]) -
     """As `decode`; of a JPEG only as many pixels as are wanted, by the smaller inverse transforms of its blocks.
 
     Args:
-        path: the file; or one in a tar, or a row, as `open_image` takes it.
-        channels: 1 or 3.
+        path: the file; or one in a tar, or a row, as `open_image` takes it; or a row of an array file.
+        channels: 1 or 3; of array files any number that they have.
         shrink: (upright height, width) -> 1, 2, 4 or 8: one pixel in each direction for so many. Of other formats than
             JPEG all pixels come, for there is nothing to be saved.
 
     Raises:
         BadImage: as `decode`.
     """
+    if is_row(path):
+        row = _row(path, channels)
+        return Decoded(row, *row.shape[1:], 1)
     with _open(path) as (file, image):
         height, width = image.height, image.width
         jpeg, factor = image.format in ("JPEG", "MPO"), 1  # MPO: what cameras add further pictures to
@@ -155,6 +159,15 @@ def decode_shrunk(path: str, channels: int, shrink: Callable[[int, int], int]) -
         ImageOps.exif_transpose(image, in_place=True)
         found = pixels_of(image, channels)
         return Decoded(found, height if jpeg else found.shape[1], width if jpeg else found.shape[2], factor)
+
+
+def _row(path: str, channels: int) -> UInt8[np.ndarray, "c h w"]:
+    try:
+        return with_channels(torch.from_numpy(read_row(path, channels))[None], channels)[0].numpy()
+    except OSError as error:
+        raise BadImage(path, error.strerror or str(error)) from None
+    except (ValueError, IndexError) as error:
+        raise BadImage(path, str(error)) from None
 
 
 def with_channels(images: UInt8[Tensor, "n _ h w"], channels: int) -> UInt8[Tensor, "n {channels} h w"]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moco.data.arrays import ArrayImages
+from moco.data.arrays import ArrayImages, planes
 from moco.data.decode import with_channels
 from moco.data.folder import FileImages, Images
 from moco.data.remote import is_remote
@@ -26,8 +26,9 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
     """Images from whatever holds them.
 
     Args:
-        given: uint8 tensor `[n, c, h, w]` or `[n, h, w]`; uint8 array `[n, h, w, c]` or `[n, h, w]`; PIL images;
-            a map-style dataset of PIL images or uint8 tensors, alone or as (image, label); or what `load_data` gives.
+        given: uint8 tensor `[n, c, h, w]` or `[n, h, w]`; uint8 array `[n, h, w, c]`, `[n, h, w]` or, where the second
+            axis alone can be that of the channels, `[n, c, h, w]`; PIL images; a map-style dataset of PIL images or
+            uint8 tensors, alone or as (image, label); or what `load_data` gives.
         channels: of the result; grey is repeated to 3, colour averaged to 1. PIL images have 1 or 3.
 
     Raises:
@@ -47,7 +48,7 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
         # torch refuses reversed axes and warns of read-only memory, such as a mapped file's.
         shareable = given.flags.writeable and min(given.strides) >= 0
         pixels = torch.from_numpy(given if shareable else given.copy())
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(-1, 1)
+        pixels = torch.from_numpy(planes(pixels.numpy(), channels)) if pixels.ndim in (3, 4) else pixels
     elif isinstance(given, Tensor):
         pixels = given[:, None] if given.ndim == 3 else given
     elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, str | bytes | dict):

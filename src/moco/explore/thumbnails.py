@@ -17,8 +17,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from moco.data import ArrayImages, BadImage, FileImages, Images
-from moco.data.decode import FORMATS
+from moco.data.decode import FORMATS, decode
 from moco.data.members import open_image
+from moco.data.rows import is_row
 from moco.transforms import pixels_of
 
 CELL = 48
@@ -90,6 +91,8 @@ def _read(images: Images, row: int, side: int) -> Image.Image:
 
 def _reduced(images: FileImages, row: int, least: int) -> UInt8[Tensor, "c h w"]:
     path = images.paths[row]
+    if is_row(path):
+        return torch.from_numpy(decode(path, images.channels))
     try:
         with open_image(path) as file, Image.open(file, formats=FORMATS) as image:
             # The decoder of JPEG gives a half, a quarter or an eighth of the size in a fraction of the time.
