@@ -1,8 +1,10 @@
 """A network small enough to be written out by hand, and the loop that trains it as a user would."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +27,20 @@ TINY: dict[str, Any] = {
     "monitor": {"knn_k": 20},
     "engine": {"accelerator": "cpu", "precision": "fp32", "threads": 1},
 }
+
+
+def write_stl10(folder: Path, unlabeled: int = 40, train: int = 20, test: int = 10) -> dict[str, np.ndarray]:
+    """The authors' files with fewer images: channel by channel, column by column, labels from 1. Returns n c h w."""
+    folder.mkdir(parents=True)
+    pixels, generator = {}, np.random.default_rng(0)
+    for part, number in (("unlabeled", unlabeled), ("train", train), ("test", test)):
+        pixels[part] = generator.integers(0, 256, (number, 3, 96, 96), dtype=np.uint8)
+        pixels[part].swapaxes(2, 3).tofile(folder / f"{part}_X.bin")
+        if part != "unlabeled":
+            (np.arange(number) % 10 + 1).astype(np.uint8).tofile(folder / f"{part}_y.bin")
+    names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+    (folder / "class_names.txt").write_text("\n".join(names) + "\n")
+    return pixels
 
 
 class SmallBackbone(nn.Sequential):

@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from moco.config import DataConfig
 from moco.data import DATASETS, ArrayImages, FileImages, Splits, load_data
+from small import write_stl10
 
 
 def load(**settings):
@@ -54,9 +55,11 @@ def test_every_dataset_keeps_the_contract(name, tmp_path, monkeypatch):
         for label in "ab":
             (tmp_path / "imagenet" / part / label).mkdir(parents=True)
             Image.new("RGB", (70, 70)).save(tmp_path / "imagenet" / part / label / "0.png")
+    write_stl10(tmp_path / "stl10_binary")
     splits = load(source=name)
     assert isinstance(splits, Splits)
     for images in splits:
+        images = images if images.labelled is None else images.labelled
         assert isinstance(images, ArrayImages | FileImages)
         assert len(images) == len(images.paths) == len(images.labels) == len(set(images.paths))
         assert images.labels.dtype == torch.int64 and 0 <= images.labels.min() <= images.labels.max()

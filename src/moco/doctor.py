@@ -16,12 +16,13 @@ from moco.data.array_file import is_array_file
 from moco.data.datasets import cifar_folder
 from moco.data.folder import SUFFIXES
 from moco.data.listed import count_listed, is_list
+from moco.data.stl10 import stl10_folder
 from moco.engine import BF16_UNITS, choose_precision, cpu_flags
 from moco.recipes import load_recipe
 from moco.variants import build_model
 
 # Training images of the sets that have a name; `digits` keeps the last fifth of each class for testing.
-NAMED = {"digits": 1442, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
+NAMED = {"digits": 1442, "cifar10": 50_000, "cifar100": 50_000, "stl10": 105_000, "imagenet": 1_281_167}
 # Numbers that an optimizer keeps per weight, besides the weight and its gradient.
 STATE = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}
 
@@ -153,6 +154,8 @@ def num_images(data: DataConfig) -> int | None:
         return count_listed(folder)
     if not folder.is_dir():
         return None
+    if stl10_folder(folder):
+        return NAMED["stl10"]
     if cifar_folder(folder):
         return NAMED["cifar10"]  # CIFAR-100 has as many
     if (folder / "train").is_dir():

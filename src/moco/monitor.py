@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moco import dist
 from moco.config import PretrainConfig
-from moco.data import ArrayImages, Images, Splits, some_of
+from moco.data import ArrayImages, Images, Splits, some_of, with_labels
 from moco.embed import features, pixels
 from moco.encoder import ImageEncoder
 from moco.evaluate import HeldOut, held_out
@@ -282,7 +282,8 @@ def build_monitor(config: PretrainConfig, splits: Splits, encoder: ImageEncoder,
     if not isinstance(train, ArrayImages):
         most = min(most, max(1, MAX_HELD // (2 * train.channels * size * size)))
     seen, views = some_of(train, most), TwoViews(view_specs(config.views), size, config.seed)
-    if train.labels is None or len(train) < 20:
+    labelled = with_labels(train)
+    if labelled.labels is None or len(labelled) < 20:
         return Monitor(config, None, None, seen, views, encoder, projector)
     final = HeldOut(*(some_of(images, MAX_BANK) for images in held_out(splits)))
     watched = held_out(splits, use_test=config.monitor.split == "test")

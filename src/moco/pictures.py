@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
-from moco.data import ArrayImages, BadImage, FileImages, Images, Splits, resized, some_of
+from moco.data import ArrayImages, BadImage, FileImages, Images, Splits, resized, some_of, with_labels
 from moco.embed import features
 from moco.encoder import ImageEncoder
 from moco.evaluate import HeldOut
@@ -61,7 +61,7 @@ def draw_start(run: Run, splits: Splits) -> None:
 
     def tell() -> None:
         train, test = splits
-        labelled = train.labels is not None
+        labelled = with_labels(train).labels is not None
         parts = "test" if test is not None and test.labels is not None else "tenth"
         _tell(run, "images", trained=len(train), asked=parts if labelled else None)
 

@@ -9,12 +9,13 @@ from moco.data.array_file import is_array_file, load_array_file
 from moco.data.arrays import ArrayImages
 from moco.data.datasets import cifar10, cifar100, cifar_folder, digits, imagenet
 from moco.data.decode import BadImage
-from moco.data.folder import FileImages, Images, Splits, load_folder
+from moco.data.folder import FileImages, Images, Splits, load_folder, with_labels
 from moco.data.given import as_images, fingerprint, some_of
 from moco.data.hugging_face import is_hugging_face, load_hugging_face
 from moco.data.listed import is_list, load_list
 from moco.data.loader import Loader, epoch_order, resized
 from moco.data.shards import is_shards, load_shards
+from moco.data.stl10 import read_stl10, stl10, stl10_folder
 
 __all__ = [
     "DATASETS",
@@ -31,6 +32,7 @@ __all__ = [
     "load_data",
     "resized",
     "some_of",
+    "with_labels",
 ]
 
 GIVEN = "given"
@@ -40,6 +42,7 @@ DATASETS: dict[str, Callable[[DataConfig], Splits]] = {
     "digits": digits,
     "cifar10": cifar10,
     "cifar100": cifar100,
+    "stl10": stl10,
     "imagenet": imagenet,
 }
 
@@ -47,7 +50,8 @@ DATASETS: dict[str, Callable[[DataConfig], Splits]] = {
 def load_data(config: DataConfig) -> Splits:
     """Images of `config.source`: a name in `DATASETS`, a folder of images, a list, an array file, shards, or `hf:NAME`.
 
-    A folder may also be one with CIFAR's python files. Shards are a tar, a pattern or folder of tars, or their URL.
+    A folder may also be one with CIFAR's python files or STL-10's binary ones. Shards are a tar, a pattern or folder of
+    tars, or their URL.
 
     Example:
         >>> load_data(DataConfig(source="digits")).train.images.shape
@@ -71,6 +75,8 @@ def load_data(config: DataConfig) -> Splits:
         return load_shards(config.source, config)
     folder = Path(config.source).expanduser()
     if folder.is_dir():
+        if binary := stl10_folder(folder):
+            return read_stl10(binary, config)
         read = cifar_folder(folder)
         return read(config) if read else load_folder(folder, config)
     close = difflib.get_close_matches(config.source, DATASETS, n=1)

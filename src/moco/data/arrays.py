@@ -24,6 +24,8 @@ class ArrayImages:
     """A name for each image that a person recognises: its file, or like `digits/train/17`."""
     skipped: tuple[str, ...] = ()
     """Files that could not be read and are not among the images."""
+    labelled: "ArrayImages | None" = None
+    """Those of the images that have labels, where others have none."""
 
     def __len__(self) -> int:
         """Number of images."""

@@ -117,9 +117,24 @@ def cifar_folder(folder: Path) -> Callable[[DataConfig], Splits] | None:
 
 
 def _cifar(name: str, config: DataConfig) -> Splits:
-    places = _places(_CIFAR[name].folder)
+    import torchvision.datasets as tv
+
+    return _read_cifar(name, found(name, {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]), config)
+
+
+def found(name: str, source: Any) -> Path:
+    """The folder of a set that may be downloaded, from `$MOCO_DATA` or `~/.cache/moco`, else downloaded to the latter.
+
+    Args:
+        name: of the set, for the message.
+        source: torchvision's class of it, which says from where, and what is to come.
+
+    Raises:
+        ValueError: it is not there and could not be downloaded.
+    """
+    places = _places(source.base_folder)
     place = next((place for place in places if place.is_dir()), None)
-    return _read_cifar(name, place or _download_cifar(name, places[-1].parent), config)
+    return place or _download(name, source, places[-1].parent)
 
 
 def _places(folder: str) -> list[Path]:
@@ -128,11 +143,9 @@ def _places(folder: str) -> list[Path]:
     return [Path(root) / folder for root in (os.environ.get("MOCO_DATA"), cache) if root]
 
 
-def _download_cifar(name: str, cache: Path) -> Path:
-    import torchvision.datasets as tv
+def _download(name: str, source: Any, cache: Path) -> Path:
     from torchvision.datasets.utils import download_and_extract_archive
 
-    source = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]
     target = cache / source.base_folder
     logging.getLogger("moco").info("downloading %s from %s to %s", name, source.url, target)
     try:

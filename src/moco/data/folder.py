@@ -47,6 +47,8 @@ class FileImages:
     channels: int = 3
     cache: Cached | None = None
     """Where the pixels lie decoded and shrunk already; the files are then not opened any more."""
+    labelled: "FileImages | None" = None
+    """Those of the images that have labels, where others have none."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -112,6 +114,11 @@ class FileImages:
 
 
 Images = ArrayImages | FileImages
+
+
+def with_labels(images: Images) -> Images:
+    """Those of the images that have labels, where others have none; else all, with labels or without."""
+    return images if images.labelled is None else images.labelled
 
 
 class Splits(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 from moco import dist
 from moco.checkpoint import load_encoder, load_projector
 from moco.config import DataConfig, EvaluateConfig, parse_evaluation
-from moco.data import load_data
+from moco.data import load_data, with_labels
 from moco.engine import choose_accelerator, choose_precision, met, own_device
 from moco.evaluate import finetune, health
 from moco.evaluate import knn as nearest
@@ -154,7 +154,7 @@ def _images(run: Run | None, data: str | None, channels: int, source: str | Path
 
 def _evaluation(name: str, data: str, outcome: Outcome, task: Task, folder: Path | None) -> Evaluation:
     figures, per_class, matrix = dict(outcome.figures), {}, None
-    classes = task.splits.train.classes or ()
+    classes = with_labels(task.splits.train).classes or ()
     if outcome.scores is not None:
         labels = held_out(task.splits).test_labels if outcome.labels is None else outcome.labels
         figures = accuracies(outcome.scores, labels) | figures

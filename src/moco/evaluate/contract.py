@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from moco.config import DataConfig, EvaluateConfig
-from moco.data import Images, Splits
+from moco.data import Images, Splits, with_labels
 from moco.encoder import ImageEncoder
 from moco.views import ViewSpec
 
@@ -167,7 +167,7 @@ def held_out(splits: Splits, *, use_test: bool = True) -> HeldOut:
     Raises:
         ValueError: there are no labels, or too few images to hold any out.
     """
-    train, test = splits
+    train, test = with_labels(splits.train), splits.test
     labels_of(train)
     if use_test and test is not None and test.labels is not None:
         return HeldOut(train, test)
