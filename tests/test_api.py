@@ -159,7 +159,7 @@ def test_auto_takes_the_usual_size_of_photos_and_passes_over_broken_ones(tmp_pat
         == "--views.size 32: the images have about 80 pixels on their short side, and 32 suits this processor"
     )
     paths = tuple(str(broken) for _ in range(16))
-    with pytest.raises(ValueError, match="none of the images looked at can be read, such as .*00.png"):
+    with pytest.raises(ValueError, match="none of the images sampled can be read, such as .*00.png"):
         auto_config(DataConfig(), Splits(FileImages(paths, None, None), None))
 
 

@@ -84,5 +84,5 @@ def test_files_are_measured_by_a_sample_of_those_that_can_be_read(tmp_path: Path
     assert config.data == data
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(ValueError, match="none of the images looked at can be read, such as .*00.png"):
+    with pytest.raises(ValueError, match="none of the images sampled can be read, such as .*00.png"):
         auto_config(data)

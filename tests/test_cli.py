@@ -490,7 +490,7 @@ def test_evaluate_prints_a_table(library: Library, capsys: pytest.CaptureFixture
     assert main(["evaluate", "runs/x"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"top1.*81\.25", out) and re.search(r"rank.*3\.142", out) and re.search(r"dog.*92\.5", out)
-    assert "two classes only" in out and "cat for dog 30 times" in out
+    assert "two classes only" in out and "cat as dog 30 times" in out
     assert "runs/x/evaluations/knn.json and .png" in out
 
 

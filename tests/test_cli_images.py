@@ -79,9 +79,9 @@ def test_a_picture_of_images_that_are_gone_says_so(run, photos, tmp_path, capsys
     capsys.readouterr()
     drawn = tmp_path / "found.png"
     assert main(["search", str(tmp_path / "emb"), "--row", "3", "--picture", str(drawn)]) == 0
-    assert drawn.exists() and "The images of the table are not to be found (the first is" in capsys.readouterr().err
+    assert drawn.exists() and "The images of the table were not found (the first is" in capsys.readouterr().err
     assert main(["explore", str(tmp_path / "emb"), "--save", str(tmp_path / "map.html")]) == 2
-    assert "are not to be found (the first is" in capsys.readouterr().err
+    assert "were not found (the first is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_an_unknown_name_is_told_the_closest_one(data, name: str, closest: str) 
         ({"engine": {"devices": "two"}}, "engine.devices is 'two'; expected a valid integer or 'auto'"),
         (
             {"optim": 3},
-            "optim is 3; expected settings of its own, such as optim.name, optim.base_lr, optim.lr_scaling",
+            "optim is 3; expected a group of settings, such as optim.name, optim.base_lr, optim.lr_scaling",
         ),
         ({"data": {"channels": 0}}, "data.channels is 0; expected greater than 0"),
     ],

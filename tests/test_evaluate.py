@@ -155,7 +155,7 @@ def test_the_most_frequent_mix_ups_are_told_in_words(capsys: pytest.CaptureFixtu
     assert few.mixups(1) == few.mixups()[:1] and replace(few, confusion=None).mixups() == []
     report_evaluation("t", few.figures, few.per_class, few.notes, None, few.mixups())
     out = capsys.readouterr().out
-    assert "Most often taken for another: class 2 for class 0 9 times" in out and "class 2 for class 1 1 time." in out
+    assert "Most frequent confusions: class 2 as class 0 9 times" in out and "class 2 as class 1 1 time." in out
 
 
 def test_the_confusion_of_many_classes_is_a_file_of_its_own(tmp_path: Path) -> None:

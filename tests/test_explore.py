@@ -491,5 +491,5 @@ def test_a_folder_with_neither_run_nor_embeddings_is_refused(tmp_path: Path) -> 
 
 def test_embeddings_whose_images_are_gone_are_refused() -> None:
     emb = moco.Embeddings(np.eye(3, dtype=np.float32), ("x/1.png", "x/2.png", "x/3.png"), None, None)
-    with pytest.raises(ValueError, match=r"not to be found \(the first is 'x/1.png'\)"):
+    with pytest.raises(ValueError, match=r"were not found \(the first is 'x/1.png'\)"):
         open_atlas(emb)

@@ -1,4 +1,4 @@
-"""What is said before training starts, and what is noted of the machine."""
+"""What is logged before training starts, and what is recorded about the machine."""
 
 import importlib.metadata
 import os
@@ -15,7 +15,15 @@ from moco.variants import choose_batchnorm, loss_range
 
 
 def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float, mask_own: bool) -> list[str]:
-    """What is said before training starts: everything that people otherwise guess wrong."""
+    """The lines logged before training starts: everything that people otherwise guess wrong.
+
+    Args:
+        config: settings of the run.
+        model: the model to be trained.
+        num_images: training images.
+        lr: learning rate after scaling.
+        mask_own: whether an image's own older keys are excluded from its negatives.
+    """
     settings, norm = config.model, choose_batchnorm(config.model)
     chance, floor = loss_range(settings, config.batch_size)
     parameters = sum(p.numel() for p in model.query_encoder.parameters())
@@ -25,7 +33,8 @@ def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float,
         f"{config.optim.base_lr:g} x {config.batch_size} / 256" if config.optim.lr_scaling == "linear" else "not scaled"
     )
     meaning = {
-        "split": f"split: statistics over {settings.bn_splits} groups of each batch, so that none gives a key away",
+        "split": f"split: statistics over {settings.bn_splits} groups of each batch, so that they do not reveal which "
+        "key matches a query",
         "shuffle": "shuffled across devices before the key encoder",
         "sync": "synchronised over all devices",
         "plain": "plain: over the whole batch",
@@ -33,11 +42,11 @@ def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float,
     lines = [
         f"images: {num_images:,}; steps per epoch: {num_images // config.batch_size:,}; epochs: {config.epochs}",
         f"encoder: {settings.backbone}, {parameters / 1e6:.1f} million parameters with its head; weights, key encoder, "
-        f"gradients, optimizer and queue take {held / 2**20:,.0f} MiB, activations come on top",
+        f"gradients, optimizer and queue take {held / 2**20:,.0f} MiB, plus activations",
         f"learning rate: {lr:g} ({rule}), {config.optim.schedule}",
         f"batch norm: {meaning}",
         f"loss: {chance:.2f} is chance, {floor:.2f} the floor with orthogonal negatives"
-        + ("; it rises as the queue fills" if settings.queue_size else ""),
+        + ("; the loss rises while the queue fills" if settings.queue_size else ""),
     ]
     if (world := dist.world_size()) > 1:
         lines.append(
@@ -45,7 +54,7 @@ def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float,
         )
     if settings.queue_size:
         share = f"queue: {settings.queue_size:,} keys, {settings.queue_size / num_images:.0%} of the images"
-        lines.append(share + ("; an image's own older keys are left out of its negatives" if mask_own else ""))
+        lines.append(share + ("; an image's own older keys are excluded from its negatives" if mask_own else ""))
     return lines
 
 
@@ -54,24 +63,24 @@ def cautions(config: PretrainConfig, num_images: int, *, mask_own: bool) -> list
     settings, found = config.model, []
     if settings.queue_size and choose_batchnorm(settings) == "plain":
         found.append(
-            "plain batch norm with a queue: the statistics of a batch tell which key belongs to a query, and training "
-            "can stop learning; --model.batchnorm auto avoids it"
+            "plain batch norm with a queue: the statistics of a batch reveal which key matches a query, and the "
+            "encoder may learn nothing; --model.batchnorm auto avoids it"
         )
     if settings.variant == "v3" and config.optim.accumulate > 1:
         found.append(
-            f"v3 in {config.optim.accumulate} parts: an image's negatives and batch norm's statistics are of its part, "
-            "not of the batch; --optim.accumulate 1 and more processes keep the batch whole"
+            f"v3 in {config.optim.accumulate} parts: an image's negatives and batch-norm statistics come from its part "
+            "only; to take them from the whole batch, use --optim.accumulate 1 and more processes"
         )
     if settings.queue_size > 0.1 * num_images and not mask_own:
         found.append(
-            f"the queue holds {settings.queue_size / num_images:.0%} of the images, so images meet themselves among "
-            "their negatives; lower --model.queue_size or leave --model.mask_own unset"
+            f"the queue holds {settings.queue_size / num_images:.0%} of the images, so images meet their own older "
+            "keys among their negatives; lower --model.queue_size or leave --model.mask_own unset"
         )
     return found
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine, as environment.json has them."""
+    """Versions and machine, as recorded in environment.json."""
     names = ("moco-ssl", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
     versions: dict[str, str | None] = {}
     for name in names:

@@ -1,6 +1,6 @@
-"""What a run is made of: frozen sections whose attribute docstrings are the command line's help.
+"""The settings of a run: frozen sections whose attribute docstrings are the command line's help.
 
-Nothing here imports torch, so that help, unknown flags and wrong values answer at once.
+Nothing here imports torch, so that help and errors about flags appear at once.
 """
 
 from pathlib import Path
@@ -52,164 +52,164 @@ class ViewsConfig(Section):
     size: Count = 16
     """Side of a view in pixels."""
     crop_min: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Smallest share of the image's area that a crop keeps; not given: the recipe's."""
+    """Smallest fraction of the image's area that a crop keeps; not given: the recipe's."""
 
 
 class ModelConfig(Section):
-    """The encoder, its head, and how keys are kept."""
+    """The encoder, its head and the queue."""
 
     variant: str = "v2"
     """`v1` (linear head), `v2` (two-layer head) or `v3` (no queue, predictor, symmetric loss)."""
     backbone: str = "resnet50"
     """A timm or torchvision name, or `vit-small-v3`, `vit-base-v3`, `vit-conv-small-v3`, `vit-conv-base-v3`."""
     stem: Literal["imagenet", "small", "small-pad2", "small-linear"] = "imagenet"
-    """`small`: a ResNet's with a 3x3/1 convolution, no pooling (under 64 pixels); two odd ones: docs/checkpoints.md."""
+    """`small`: 3x3/1 convolution, no pooling (images under 64 pixels). Last two: see docs/checkpoints.md."""
     pretrained: bool = False
-    """Start the backbone from timm's published weights."""
+    """Start the backbone from timm's pretrained weights."""
     head: Literal["variant", "linear", "mlp", "mlp_bn"] = "variant"
-    """Projector; `variant` takes the one of the paper, `mlp_bn` is a two-layer one with batch norm between."""
+    """Projector. `variant`: the one from the variant's paper; `mlp_bn`: two layers with batch norm between them."""
     hidden_dim: Count | None = None
-    """Width of the head's hidden layers; not given: the features' for v2, 512 for `mlp_bn`, 4096 for v3."""
+    """Width of the head's hidden layers; not given: that of the features for v2, 512 for `mlp_bn`, 4096 for v3."""
     dim: Count = 128
-    """Length of a projection."""
+    """Dimension of the projections."""
     queue_size: Annotated[int, Field(ge=0)] = 65536
-    """Keys kept as negatives, K; 0 for v3, which has no queue."""
+    """Number of keys kept as negatives, K; 0 for v3, which has no queue."""
     temperature: Annotated[float, Field(gt=0)] = 0.2
     """Divides the cosine similarities before the softmax."""
     symmetric: bool = False
-    """Queue variants: add the loss with the two views exchanged. v3 always does."""
+    """v1 and v2: add the loss with the two views swapped. v3 always does."""
     momentum: Fraction = 0.999
     """Fraction of the key encoder that is kept at each update."""
     momentum_schedule: Literal["constant", "cosine"] = "constant"
     """`cosine` raises the momentum to 1 at the end of training (v3)."""
     batchnorm: Literal["auto", "split", "shuffle", "sync", "plain"] = "auto"
-    """Statistics that do not leak: `split` on one device, `shuffle` across several, `sync` for v3."""
+    """Batch statistics that leak nothing. `auto`: `split` on one device, `shuffle` on several, `sync` for v3."""
     bn_splits: Count = 8
-    """Groups per device that `split` takes its statistics over."""
+    """Groups per device over which `split` computes its statistics."""
     mask_own: bool | None = None
-    """Leave an image's own older keys out of its negatives; not given: if the queue is over 10 % of the images."""
+    """Exclude an image's own older keys from its negatives; not given: if the queue exceeds 10 % of the images."""
 
 
 class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
     name: Literal["sgd", "lars", "adam", "adamw"] = "sgd"
-    """Adam's weight decay is of the L2 form, AdamW's is decoupled; LARS spares biases and norms."""
+    """Weight decay is L2 in `adam` and decoupled in `adamw`; `lars` neither adapts nor decays biases and norms."""
     base_lr: Annotated[float, Field(ge=0)] = 0.03
-    """Learning rate per 256 images; `lr_scaling` turns it into the rate in force."""
+    """Learning rate per 256 images; see `lr_scaling` for the rate that is used."""
     lr_scaling: Literal["linear", "none"] = "linear"
     """`linear`: lr = base_lr x batch_size / 256. `none`: lr = base_lr."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """On all trainable parameters, as the references do; LARS spares biases and norms."""
+    """Applied to all trainable parameters, as in the reference code; `lars` leaves out biases and norms."""
     momentum: Fraction = 0.9
-    """Of SGD and LARS."""
+    """Momentum of SGD and LARS."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     milestones: tuple[int, ...] = ()
-    """Epochs at which `step` multiplies the rate by 0.1."""
+    """Epochs at which `step` multiplies the learning rate by 0.1."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs of linear rise from 0."""
+    """Epochs over which the learning rate rises linearly from 0."""
     per: Literal["step", "epoch"] = "step"
-    """Whether the rate changes at every step or once an epoch."""
+    """Whether the learning rate changes at every step or once per epoch."""
     first_epoch: Literal[0, 1] = 0
-    """How a per-epoch schedule counts: the official ImageNet code from 0, its CIFAR notebook from 1."""
+    """First epoch of a per-epoch schedule: 0 in the official ImageNet code, 1 in its CIFAR notebook."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the gradient; not given: not clipped."""
+    """Largest norm of the gradient; not given: no clipping."""
     accumulate: Count = 1
-    """Parts that each batch is worked through in; queue and key encoder move once a step."""
+    """Gradient accumulation: parts per batch; queue and key encoder still update once per step."""
 
 
 class MonitorConfig(Section):
-    """What is watched while training."""
+    """What is measured and saved during training."""
 
     every: Annotated[int, Field(ge=0)] = 1
-    """Epochs between kNN evaluations; 0: only before and after."""
+    """Epochs between kNN evaluations; 0: only before and after training."""
     split: Literal["heldout", "test"] = "heldout"
-    """Whose labels: each tenth training image against the others (chooses `best`), or the test images, as published."""
+    """kNN on `heldout`: every tenth training image against the rest (selects `best`); `test`: the test images."""
     knn_k: Count = 200
-    """Neighbours that vote."""
+    """Number of neighbours that vote."""
     knn_temperature: Annotated[float, Field(gt=0)] = 0.1
     """A neighbour's vote is exp(similarity / temperature)."""
     log_every: Count = 10
-    """Steps between rows of metrics.csv; the device is asked for numbers only then."""
+    """Steps between rows of metrics.csv; metrics stay on the device until then."""
     save_every: Annotated[float, Field(gt=0)] = 60.0
     """Seconds between checkpoints; one is also written at the end and on Ctrl-C and SIGTERM."""
     loggers: tuple[Literal["tensorboard"], ...] = ()
-    """Besides metrics.csv; needs the extra of that name: `pip install moco-ssl[tensorboard]`."""
+    """Loggers besides metrics.csv; each needs the extra of its name: `pip install moco-ssl[tensorboard]`."""
 
 
 class EngineConfig(Section):
-    """Where it runs, and in which arithmetic."""
+    """Where training runs, and in which precision."""
 
     accelerator: str = "auto"
-    """`cpu`, `cuda`, `mps`, or any accelerator Lightning Fabric knows."""
+    """`cpu`, `cuda`, `mps`, or any other accelerator that Lightning Fabric supports."""
     devices: Count | Literal["auto"] = "auto"
-    """Processes per node, one a device; `auto`: all devices there are, one process on CPU. torchrun and SLURM say."""
+    """Processes per node, one per device; `auto`: all devices, or 1 on CPU. Under torchrun or SLURM, set by them."""
     nodes: Count = 1
-    """Machines; torchrun and SLURM say."""
+    """Number of machines. Under torchrun or SLURM, set by them."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """Of the encoder's arithmetic; weights, logits and averages stay fp32. `auto`: bf16 where it is fast."""
+    """Precision of the encoder; weights, logits and averages stay fp32. `auto`: bf16 where it is fast."""
     channels_last: bool | None = None
-    """Memory layout of the encoder; not given: where it measured faster."""
+    """Use the channels_last memory layout in the encoder; not given: with bf16, where it measured faster."""
     compile: bool = False
-    """torch.compile the encoders; never needed for correctness."""
+    """Compile the encoders with torch.compile; never needed for correctness."""
     threads: Count | None = None
-    """CPU threads of a process; not given: torch's choice, shared. Stored in the run, for bit-equal resume."""
+    """CPU threads per process; not given: torch's default, divided among processes. Kept on resume, to be bit-exact."""
     deterministic: bool = False
-    """Only algorithms that give the same bits each time (CUDA; CPU always does)."""
+    """Use only deterministic algorithms on CUDA; those on the CPU always are."""
 
 
 class EvaluateConfig(Section):
-    """How an encoder is measured; what is not given is the published setting of the protocol.
+    """How an encoder is evaluated; settings not given are those published for the protocol.
 
-    A setting that the protocol does not look at is refused; which each takes stands with it.
+    A setting that the protocol does not use is refused; each description names the protocols that use it.
     """
 
     form: str | None = None
-    """Of `linear`: `fast`, `official`, `v3` or `leftthomas`, not given `fast`; of `finetune`: `resnet` or `vit`."""
+    """`linear`: `fast` (the default), `official`, `v3` or `leftthomas`; `finetune`: `resnet` or `vit`."""
     features: Literal["features", "projection"] = "features"
-    """`knn`: what it looks at, the backbone's output or the projector's, which runs of this program hold."""
+    """`knn`: compare the output of the backbone or of the projector, which only runs of this program have."""
     k: Count | None = None
-    """`knn`: neighbours that vote; not given: as in the run, or 200."""
+    """`knn`: number of neighbours that vote; not given: as in the run, or 200."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """`knn`: a neighbour's vote is exp(similarity / temperature); not given: as in the run, or 0.1."""
     labels: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """All but `health`: fraction of the training labels that is used: as many of each class, chosen by the seed."""
+    """All but `health`: fraction of the training labels to use, the same number of each class, drawn with the seed."""
     epochs: Count | None = None
     """`linear`, `finetune`: passes over the labelled images."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """`linear`, `finetune`: rate per 256 images; of `leftthomas` as it is; of `fast` 1 is as fast as is safe."""
+    """`linear`, `finetune`: per 256 images. `leftthomas`: not scaled; `fast`: relative to the largest safe rate, 1."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """`linear` in every form, `finetune`: in place of the form's; of `fast` in place of a choice among six."""
+    """`linear`, `finetune`: not given: the form's; `fast` selects the best of six."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """`finetune`: each layer learns at so many times the rate of the one above it; not given: the form's."""
+    """`finetune`: factor between the learning rates of a layer and the one above it; not given: the form's."""
     from_scratch: bool = False
-    """`finetune`: start the same network at random, to see what the pre-training is worth."""
+    """`finetune`: start the same network from random weights, to see what pre-training is worth."""
     batch_size: Annotated[int, Field(ge=2)] | None = None
     """`linear`, `finetune`: images per step."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Everything random follows from it."""
+    """Seed of all random numbers."""
     accelerator: str = "auto"
-    """`cpu`, `cuda`, `mps`; `auto`: the fastest that is there."""
+    """`cpu`, `cuda`, `mps`; `auto`: the fastest available."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """Of the encoder's arithmetic; `auto`: fp32 for published forms of `linear`, else the run's, or bf16 if fast."""
+    """Precision of the encoder. `auto`: fp32 for published forms of `linear`, else the run's, or bf16 where fast."""
 
 
 class PretrainConfig(Section):
-    """One pre-training run, whole."""
+    """All settings of one pre-training run."""
 
     recipe: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "custom"
-    """Name of the recipe this came from."""
+    """Name of the recipe these settings came from."""
     seed: Annotated[int, Field(ge=-(2**32), le=2**32)] = 0
-    """Everything random follows from it."""
+    """Seed of all random numbers."""
     epochs: Count = 100
     """Passes over the training images."""
     steps: Count | None = None
-    """Stop after this many steps; the schedules still span `epochs`. Not given: never."""
+    """Stop after this many steps; schedules still span `epochs`. Not given: train for all epochs."""
     batch_size: Annotated[int, Field(ge=2)] = 256
-    """Images per step over all devices."""
+    """Images per step, over all devices."""
     init_from: Annotated[str, Field(min_length=1)] | None = None
-    """Start the backbone from a checkpoint of anybody's: a file, or the folder of a run."""
+    """Start the backbone from a checkpoint of any supported program: a file, or the folder of a run."""
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     model: ModelConfig = ModelConfig()
@@ -235,14 +235,14 @@ CONTINUABLE = (
     "engine.nodes",
     "engine.threads",
 )
-"""What may differ when a run is continued: where and how often, never what is computed."""
+"""Settings that may change when a run is resumed: they say where and how often, never what is computed."""
 
 
 def check(config: PretrainConfig) -> None:
-    """Refuse settings that are fine one by one and impossible together.
+    """Refuse settings that are valid one by one but do not work together.
 
     Raises:
-        ValueError: what was given, what was expected and which flag to change, in one line.
+        ValueError: one line that says what was given, what was expected and which flag to change.
     """
     model, optim, batch = config.model, config.optim, config.batch_size
     if model.variant == "v3" and model.queue_size:
@@ -250,7 +250,7 @@ def check(config: PretrainConfig) -> None:
     if model.variant in ("v1", "v2"):
         keys = batch * (2 if model.symmetric else 1)
         if model.queue_size < keys:
-            what = "2 x batch_size, as the loss is symmetric" if model.symmetric else "batch_size"
+            what = "2 x batch_size, because the loss is symmetric" if model.symmetric else "batch_size"
             raise ValueError(
                 f"model.queue_size is {model.queue_size}; expected at least the {keys} keys of one step ({what}): "
                 "raise --model.queue_size or lower --batch_size"
@@ -272,13 +272,13 @@ def check(config: PretrainConfig) -> None:
     split = model.batchnorm == "split" or (model.batchnorm == "auto" and model.variant != "v3" and devices == 1)
     if split and part < 2 * model.bn_splits:
         raise ValueError(
-            f"model.bn_splits is {model.bn_splits}; expected at least 2 of a forward pass's {part} images in each "
-            "group: lower --model.bn_splits or raise --batch_size"
+            f"model.bn_splits is {model.bn_splits}; expected at least 2 in each group of the {part} images of a "
+            "forward pass: lower --model.bn_splits or raise --batch_size"
         )
 
 
 def parse_evaluation(data: dict[str, Any]) -> EvaluateConfig:
-    """Plain settings of an evaluation, checked; errors as `parse_config`."""
+    """Validate the settings of an evaluation; raises the same errors as `parse_config`."""
     try:
         return EvaluateConfig.model_validate(data)
     except ValidationError as error:
@@ -286,7 +286,7 @@ def parse_evaluation(data: dict[str, Any]) -> EvaluateConfig:
 
 
 def fields(section: type[BaseModel] = PretrainConfig, prefix: str = "") -> dict[str, FieldInfo]:
-    """All settings by their dotted names, in the order of the file."""
+    """All settings by dotted name, in the order in which they are declared."""
     found: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -297,13 +297,14 @@ def fields(section: type[BaseModel] = PretrainConfig, prefix: str = "") -> dict[
 
 
 def parse_config(data: dict[str, Any]) -> PretrainConfig:
-    """Nested plain settings to a checked configuration.
+    """Turn nested plain settings into a validated configuration.
 
     Args:
-        data: what a YAML holds, or part of it; the rest takes its defaults.
+        data: the content of a YAML file, or part of it; the rest takes its defaults.
 
     Raises:
-        ValueError: one line with the dotted name, what was given, what was expected; for an unknown name the closest.
+        ValueError: one line with the dotted name, what was given and what was expected; for an unknown name, the
+            closest known one.
 
     Example:
         >>> parse_config({"epochs": 5, "optim": {"base_lr": 0.06}}).optim.base_lr
@@ -316,20 +317,20 @@ def parse_config(data: dict[str, Any]) -> PretrainConfig:
 
 
 def merge(config: PretrainConfig, overrides: dict[str, Any]) -> PretrainConfig:
-    """The configuration with some settings replaced, checked as a whole.
+    """Replace some settings of a configuration and validate the result.
 
     Args:
-        config: where everything else comes from.
-        overrides: nested, only what is to change: `{"optim": {"base_lr": 0.06}}`.
+        config: the configuration to start from.
+        overrides: the settings to replace, nested: `{"optim": {"base_lr": 0.06}}`.
 
     Raises:
-        ValueError: as `parse_config`.
+        ValueError: as in `parse_config`.
     """
     return parse_config(_merged(config.model_dump(), overrides))
 
 
 def to_yaml(config: PretrainConfig) -> str:
-    """Every setting as YAML, without comments; `load_recipe` reads it back to an equal configuration."""
+    """Write every setting as YAML, without comments; `load_recipe` reads it back to an equal configuration."""
     import yaml
 
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

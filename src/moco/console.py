@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: a progress bar, lines, tables."""
+"""Terminal output: progress bars, lines, tables."""
 
 import logging
 import time
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 Progress = tuple[int, int, int, dict[str, float]]
-"""As `moco.pretrain.Progress`: step, steps in all, epoch, metrics."""
+"""As `moco.pretrain.Progress`: step, total steps, epoch, metrics."""
 MAX_CLASSES = 20
-"""Classes whose accuracies are all told."""
+"""Accuracies per class are all printed up to this number of classes; beyond it, only the lowest."""
 LINE_EVERY = 10.0  # seconds between progress lines where no bar can be drawn
-SHOWN = (  # metric, how it is said
+SHOWN = (  # metric, format
     ("loss", "loss {:.3f}"),
     ("lr", "lr {:.3g}"),
     ("pretext_accuracy", "pretext {:.1f} %"),
@@ -36,7 +36,7 @@ SHOWN = (  # metric, how it is said
 
 @contextmanager
 def progress(console: Console) -> Generator[Callable[[Progress], None]]:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """Show the progress of training: a bar on a terminal, elsewhere a line every `LINE_EVERY` seconds."""
     if not console.is_terminal:
         yield _lines(console)
         return
@@ -56,7 +56,7 @@ def progress(console: Console) -> Generator[Callable[[Progress], None]]:
     def show(progress: Progress) -> None:
         step, total, epoch, metrics = progress
         if not bar.task_ids:
-            # Made here, so that the steps before a resume do not count as speed.
+            # Created here, so that steps made before a resume do not count towards the speed.
             bar.add_task("", total=total, completed=step, epoch=epoch, said="")
         bar.update(bar.task_ids[0], completed=step, epoch=epoch, said=_said(metrics))
 
@@ -66,7 +66,7 @@ def progress(console: Console) -> Generator[Callable[[Progress], None]]:
 
 @contextmanager
 def working(console: Console) -> Generator[Callable[[str, int, int], None]]:
-    """The same for work that is a number of parts after each other, each with a name of its own."""
+    """Show the progress of work that has several named parts, one after another."""
     if not console.is_terminal:
         yield _parts(console)
         return
@@ -132,7 +132,7 @@ def _said(metrics: dict[str, float]) -> str:
 
 
 def report_run(run: Path, results: dict[str, dict[str, float]]) -> None:
-    """What came out, where it lies and what to try next."""
+    """Print the results of a run, where it is and what to try next."""
     console = _stdout()
     headings = {
         "knn_top1": "kNN, all labels",
@@ -142,15 +142,15 @@ def report_run(run: Path, results: dict[str, dict[str, float]]) -> None:
     columns = [name for name in headings if any(name in row for row in results.values())]
     if columns:
         rows = ((who, *(f"{row[name]:.1f}" if name in row else "" for name in columns)) for who, row in results.items())
-        title = "Correct on images that were held out, in %"
-        print_table(title, ["seen through", *(headings[name] for name in columns)], rows)
+        title = "Accuracy on held-out images, in %"
+        print_table(title, ["features", *(headings[name] for name in columns)], rows)
         key = "one_label" if "one_label" in columns else "knn_top1"
         scores = [f"{row[key]:.1f} % {who}" for who, row in results.items() if key in row]
         labels = "one label per class" if key == "one_label" else "all labels"
         say(f"With {labels}: {', '.join(scores)}.", console)
     else:
-        say("The images have no labels, so there is no accuracy to report; look at the curves.", console)
-    say(f"The run is in {run}: encoder, settings, metrics, curves.", console)
+        say("The images have no labels, so there is no accuracy to report; see the curves in report.html.", console)
+    say(f"The run is in {run}: encoder, settings, metrics, report.", console)
     where = quote(str(run))
     say("Try next:", console)
     say(f"  moco evaluate {where} --protocol knn", console)
@@ -166,26 +166,26 @@ def report_evaluation(
     written: Path | None,
     mixups: Sequence[tuple[str, str, int]] = (),
 ) -> None:
-    """Figures, classes and remarks of a protocol, and where they were written, without suffix.
+    """Print the results of an evaluation.
 
     Args:
-        title: above the figures.
-        figures: by name.
-        per_class: accuracies in percent.
-        notes: in words.
-        written: where, or None.
-        mixups: class, what its images were taken for, and how many were.
+        title: title of the table of figures.
+        figures: figures by name.
+        per_class: accuracy of each class, in percent.
+        notes: remarks, one line each.
+        written: path of the files that were written, without suffix; None if there are none.
+        mixups: the most frequent confusions: class, class predicted instead, number of images.
     """
     rows = [(name, f"{value:.4g}" if abs(value) < 10 else f"{value:.2f}") for name, value in figures.items()]
     print_table(title, ("measure", ""), rows)
     if 1 < len(per_class) <= MAX_CLASSES:
-        print_table("by class, % right", ("class", ""), [(name, f"{v:.1f}") for name, v in per_class.items()])
+        print_table("accuracy by class, %", ("class", ""), [(name, f"{v:.1f}") for name, v in per_class.items()])
     elif per_class:
         worst = sorted(per_class.items(), key=lambda item: item[1])[:5]
         say(f"Hardest classes: {', '.join(f'{name} {value:.1f} %' for name, value in worst)}.", _stdout())
     if mixups:
-        words = (f"{own} for {other} {count:,} {'time' if count == 1 else 'times'}" for own, other, count in mixups)
-        say(f"Most often taken for another: {', '.join(words)}.", _stdout())
+        words = (f"{own} as {other} {count:,} {'time' if count == 1 else 'times'}" for own, other, count in mixups)
+        say(f"Most frequent confusions: {', '.join(words)}.", _stdout())
     for note in notes:
         say(note, _stdout())
     if written:
@@ -194,7 +194,7 @@ def report_evaluation(
 
 @contextmanager
 def heard() -> Generator[None]:
-    """What the library says goes to stderr while a command runs; of the processes of a run the first speaks."""
+    """Send the library's log to stderr while a command runs; of several processes, only the first prints."""
     logger = logging.getLogger("moco")
     handler = _ToStderr() if launched().rank == 0 else logging.NullHandler()
     level, propagate = logger.level, logger.propagate
@@ -211,7 +211,7 @@ def heard() -> Generator[None]:
 
 
 class _ToStderr(logging.Handler):
-    """INFO plainly, WARNING and above in yellow, above the progress bar if there is one."""
+    """Prints INFO plainly, WARNING and above in yellow, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warned = record.levelno >= logging.WARNING
@@ -220,7 +220,7 @@ class _ToStderr(logging.Handler):
 
 @cache
 def stderr() -> Console:
-    # One for all: what is said while a bar is drawn has to know of the bar.
+    # Shared by all: lines printed while a bar is drawn have to go through the bar's console.
     return Console(stderr=True, highlight=False)
 
 
@@ -233,7 +233,7 @@ def say(text: str, console: Console | None = None, style: str = "") -> None:
 
 
 def _clean(text: str) -> str:
-    """Without what a hostile file name could do to a terminal."""
+    """Replace control characters, with which a hostile file name could manipulate the terminal."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 

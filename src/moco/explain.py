@@ -1,4 +1,4 @@
-"""What was wrong with a setting, as one line: its name, what was given, what was expected, the closest known name."""
+"""Validation errors as one line: the setting's name, what was given, what was expected, the closest known name."""
 
 import difflib
 
@@ -13,11 +13,11 @@ def explain(error: ValidationError, known: list[str]) -> str:
         return first["msg"].removeprefix("Value error, ")
     name = _dotted(first["loc"], known)
     if first["type"] == "extra_forbidden":
-        return f"{name} is not a setting{closest(name, known)}; `moco pretrain --help` lists all"
+        return f"{name} is not a setting{closest(name, known)}; `moco pretrain --help` lists them all"
     if first["type"] == "model_type":
         inside = [field for field in known if field.startswith(name + ".")]
-        return f"{name} is {shown(first['input'])}; expected settings of its own, such as {', '.join(inside[:3])}"
-    # A union reports each of its branches: the setting is the same, what was expected is either.
+        return f"{name} is {shown(first['input'])}; expected a group of settings, such as {', '.join(inside[:3])}"
+    # A union reports each of its branches: for the same setting, join what each of them expected.
     same = [
         e["msg"].removeprefix("Input should be ").partition(",")[0] for e in found if _dotted(e["loc"], known) == name
     ]
@@ -32,7 +32,7 @@ def explain(error: ValidationError, known: list[str]) -> str:
 
 
 def closest(name: str, known: list[str]) -> str:
-    """`; did you mean ...?`, by the whole dotted name or by its last part."""
+    """`; did you mean ...?` with the known name closest to the whole dotted name or to its last part; may be empty."""
     leaves = {each.rpartition(".")[2]: each for each in reversed(known)}
     last = name.rpartition(".")[2]
     same_word = [each for leaf, each in leaves.items() if last in leaf.split("_")]
@@ -44,7 +44,7 @@ def closest(name: str, known: list[str]) -> str:
 
 
 def _dotted(loc: tuple[int | str, ...], known: list[str]) -> str:
-    """Without list positions and the names of union branches, which pydantic appends to a field's own."""
+    """The name of a setting, without the list positions and union branches that pydantic appends to it."""
     for end in range(1, len(loc)):
         if ".".join(map(str, loc[:end])) in known:
             return ".".join(map(str, loc[:end]))
@@ -52,6 +52,6 @@ def _dotted(loc: tuple[int | str, ...], known: list[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as it is quoted in an error: not too long."""
+    """A value as quoted in an error, shortened to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

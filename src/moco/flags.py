@@ -1,6 +1,6 @@
-"""Settings as flags.
+"""Settings as command-line flags.
 
-From a section of the configuration to the parser's types, from tokens to what it wants, and from errors to one line.
+Turns sections of the configuration into types for the parser, tokens into its spelling, and errors into one line.
 """
 
 from typing import Annotated, Any, TypedDict, get_args
@@ -13,15 +13,16 @@ from moco.config import EvaluateConfig, PretrainConfig, fields
 from moco.explain import closest, explain
 
 SECTIONS: dict[str, type[BaseModel]] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
-"""Whose settings a verb takes as flags."""
+"""The verbs that take settings as flags, and the section those come from."""
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 """The flag that every verb has."""
 
 
 def flags_of(section: type[BaseModel], prefix: str = "") -> Any:
-    """The section as flags: the same names, types and help, and only those that are given are there.
+    """A section as flags with the same names, types and help; only the flags that are given become keys.
 
-    A TypedDict and no pydantic model: the parser would read pydantic's own source for help, half a second of it.
+    This is a TypedDict rather than a pydantic model, for which the parser would spend half a second reading pydantic's
+    source to find help.
     """
     typed: dict[str, Any] = {}
     for name, field in section.model_fields.items():
@@ -37,7 +38,7 @@ def flags_of(section: type[BaseModel], prefix: str = "") -> Any:
 
 
 def spelled(tokens: list[str]) -> list[str]:
-    """Tokens as the parser wants them: `--data X`, hyphens for underscores, `--model.symmetric false`."""
+    """Tokens in the parser's spelling: handles `--data X`, hyphens for underscores and `--model.symmetric false`."""
     if not tokens or tokens[0] not in SECTIONS:
         return tokens
     hints = {name: field.annotation for name, field in fields(SECTIONS[tokens[0]]).items()}
@@ -56,10 +57,10 @@ def spelled(tokens: list[str]) -> list[str]:
 
 
 def explained(error: Exception) -> str:
-    """An error as one line for the person who gave the command."""
+    """An error as one line for the user of the command."""
     text, flag, known = str(error), "", [*fields(), *EvaluateConfig.model_fields]
     if isinstance(error, CycloptsError) and isinstance(error.__cause__, ValidationError):
-        # The parser has some values checked one by one: pydantic then does not know whose they are.
+        # The parser validates some values one by one: pydantic then does not know which setting they belong to.
         flag = error.argument.name.lstrip("-") if error.argument and not error.__cause__.errors()[0]["loc"] else ""
         error = error.__cause__
     if isinstance(error, ValidationError):
@@ -69,7 +70,7 @@ def explained(error: Exception) -> str:
     ):
         text = f"--{flag} is not a setting{closest(flag, list(fields())).replace('mean ', 'mean --')}"
     elif isinstance(error, UnusedCliTokensError):
-        text = f"unexpected {' '.join(error.unused_tokens or ())}; `moco VERB --help` shows what a verb takes"
+        text = f"unexpected {' '.join(error.unused_tokens or ())}; see `moco VERB --help` for what a verb takes"
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
     elif isinstance(error, RuntimeError | ImportError | MemoryError):

@@ -1,6 +1,6 @@
 """The command line: one thin typed function per verb; errors become one line and an exit code.
 
-Heavy modules are imported inside the verbs, so that help and wrong flags answer at once.
+Heavy modules are imported inside the verbs, so that help and errors about flags appear at once.
 """
 
 import os
@@ -29,8 +29,8 @@ def _version() -> str:
 
 app = App(
     name="moco",
-    help="Turns a pile of unlabelled images into an image encoder, and says how good it is.",
-    help_epilogue="No idea where to start? `moco pretrain` trains on handwritten digits in about a minute.",
+    help="Train an image encoder on unlabelled images, and measure how good it is.",
+    help_epilogue="New here? `moco pretrain` trains on handwritten digits in about a minute.",
     version=_version,
     default_parameter=Parameter(name_transform=str, show_default=False, consume_multiple=True),
     result_action="return_value",
@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: without the program's name; not given: the process's own.
+        arguments: without the program's name; not given: those of the process.
 
     Returns:
-        0; 2 after a mistake in what was given; 1 after a failure; 128 + signal after a stop.
+        The exit code: 0; 2 if what was given is wrong; 1 after a failure; 128 + signal after a stop.
     """
-    # A core that waits for another spins for some microseconds, then gives way: without this, training beside other
-    # programs stalls; without spinning it takes half as long again (results/LOG.md). Said before torch is loaded.
+    # A core that waits for another spins for some microseconds, then yields: without this limit, training beside other
+    # programs stalls; with no spinning at all it takes half as long again (results/LOG.md). Set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     tokens = spelled(list(sys.argv[1:] if arguments is None else arguments))
     with heard():
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say("moco: stopped by SIGINT")
             return 128 + signal.SIGINT
         except BrokenPipeError:
-            # The reader has left (`moco recipes | head`): nothing more to say, at exit either.
+            # The reader has gone (`moco recipes | head`): write nothing more, not even at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except (CycloptsError, ValueError, FileNotFoundError, FileExistsError) as error:

@@ -1,4 +1,4 @@
-"""`python -m moco.cli`: the command where only the interpreter can be named, such as under torchrun."""
+"""`python -m moco.cli`: the command for launchers that take a Python module, such as torchrun."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What an encoder does for a pile of images: a table of features, answers, a map."""
+"""Commands that work on images: embed, search, explore, pack."""
 
 import json
 from functools import partial
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moco.vectors import Embeddings
 
 Rows = tuple[tuple[str, ...], list[tuple[Any, ...]]]
-"""Names of columns, and what stands below them."""
+"""Names of the columns, and the rows below them."""
 
 
 def embed(
@@ -32,18 +32,18 @@ def embed(
 ) -> None:
     """Write the features of all images into a folder.
 
-    However it was stopped, the same command goes on where it was. Files that cannot be read are listed in
-    unreadable.csv of the folder. Under torchrun each process does a share.
+    If interrupted, run the same command again to resume. Files that cannot be read are listed in unreadable.csv.
+    Under torchrun, each process embeds a share of the images.
 
     Args:
-        source: Folder of a run, or a checkpoint of anybody's.
+        source: Folder of a run, or a checkpoint from any supported program.
         images: Folder of images, or the name of a data set.
-        out: Folder for vectors.npy, images.csv, unreadable.csv and meta.json; or one where this was begun.
-        format: `npy`; `parquet` or `tensorboard` write those files into the folder, too.
-        part: `train` or `test`, of images that have such parts.
-        batch_size: Images at a time; not given: from the size of the images.
+        out: Folder for vectors.npy, images.csv, unreadable.csv and meta.json: a new one, or an unfinished one.
+        format: `npy`; `parquet` and `tensorboard` also write files of that format into the folder.
+        part: `train` or `test`, if the images are divided so.
+        batch_size: Images per forward pass; not given: chosen from the size of the images.
         precision: `fp32`, `bf16`, or `auto`: bf16 where it is fast.
-        as_json: Print where everything is as JSON.
+        as_json: Print what was written as JSON.
     """
     from moco.embed import embed_to
     from moco.formats import convert, refuse_missing
@@ -54,14 +54,14 @@ def embed(
     with working(stderr()) as show:
         count = partial(show, "features")
         embed_to(out, source, images, part=part, batch_size=batch_size, precision=precision, on_progress=count)
-    if own_share()[0]:  # the first of several processes tells
+    if own_share()[0]:  # only the first of several processes reports
         return
     written, meta = convert(out, format), read_meta(out)
     if as_json:
         told = {"folder": str(out), "written": str(written), "rows": meta.rows, "columns": meta.columns}
         print(json.dumps(told | {"unreadable": meta.unreadable}, indent=2))
         return
-    say(f"{written} holds {meta.columns} features of each of {meta.rows:,} images.")
+    say(f"{written} holds {meta.columns} features for each of {meta.rows:,} images.")
     if meta.unreadable:
         say(f"{meta.unreadable:,} files could not be read: {out / UNREADABLE} lists them.")
     say(f"Try next: moco search {quote(str(out))} --query IMAGE --picture search.png")
@@ -82,27 +82,27 @@ def search(
     encoder: str | None = None,
     as_json: Json = False,
 ) -> None:
-    """Find the images most like others, near-duplicates, or outliers.
+    """Find similar images, near-duplicates or outliers.
 
     Args:
-        embeddings: Folder that `moco embed` made.
-        query: One or several image files.
-        row: One or several images of the table, by their row; instead of `--query`.
-        k: Answers to each query; neighbours that count for outliers.
-        farthest: The least similar instead.
-        approximate: By a graph that the first such search makes and keeps in the folder: for millions of images. It
-            may miss an answer. Needs the extra `ann`.
-        duplicates: Instead of a query: groups of images at least as similar as this, such as 0.95.
-        outliers: Instead of a query: so many images that are least like their own nearest.
-        picture: Also draw each query with those most and least like it, as PNG or SVG.
-        encoder: Where the encoder of the embeddings is now, if it is not where it was.
+        embeddings: Folder written by `moco embed`.
+        query: One or more image files.
+        row: One or more images of the table, by row number; instead of `--query`.
+        k: Number of answers per query; for outliers, number of neighbours to compare with.
+        farthest: Find the least similar images instead.
+        approximate: Search a graph, for millions of images. The first such search builds it and keeps it in the folder.
+            It may miss an answer. Needs the extra `ann`.
+        duplicates: Instead of a query: find groups of images that are at least this similar, such as 0.95.
+        outliers: Instead of a query: find this many images that are least like their nearest neighbours.
+        picture: Also draw each query with its most and least similar images, as PNG or SVG.
+        encoder: Where the encoder of the embeddings is now, if it has moved.
         as_json: Print the answers as JSON.
     """
     if sum(given is not None for given in (query or row, duplicates, outliers)) != 1 or (query and row):
         raise ValueError("expected one of --query IMAGE, --row NUMBER, --duplicates SIMILARITY and --outliers COUNT")
     for name, given in (("--picture", picture), ("--farthest", farthest), ("--approximate", approximate)):
         if given and not (query or row):
-            raise ValueError(f"{name} is for answers to a --query or --row; leave it out")
+            raise ValueError(f"{name} was given without --query or --row; add one of them, or leave {name} out")
     from moco.vectors import load
 
     table = load(embeddings)
@@ -127,7 +127,7 @@ def search(
         cells = [[str(cell) for cell in each[by_query:]] for each in rows if not by_query or each[0] == title]
         print_table(str(title), columns[by_query:], cells)
     if picture:
-        say(f"{picture} shows them.")
+        say(f"Picture: {picture}")
 
 
 def _answers(
@@ -151,7 +151,7 @@ def _answers(
         images = images_of(table)
         if images is None:
             where = f"the first is {table.paths[0]!r}"
-            say(f"The images of the table are not to be found ({where}); the picture shows grey instead.")
+            say(f"The images of the table were not found ({where}); the picture shows grey squares instead.")
         save(draw(table, asked, images=images), picture)
     answers = zip(found.queries, found.rows.tolist(), found.similarities.tolist(), strict=True)
     return ("query", "similarity", "class", "row", "path"), [
@@ -191,16 +191,16 @@ def explore(
     browser: Annotated[bool, Parameter(name="--open", negative="--no-open")] = True,
     as_json: Json = False,
 ) -> None:
-    """Look at all images as a map, in a browser.
+    """Show all images as a map in a browser.
 
     Args:
-        source: Folder of a run, whose training images are embedded; or a folder that `moco embed` made.
-        save: Write the map as this one file, which opens without a server, and serve nothing.
-        most: Images on the map, evenly spaced if there are more; not given: 5,000 of a run, else 100,000.
-        host: Address to listen on; on any but 127.0.0.1 the address that is printed holds a token.
-        port: Port to listen on; 0 is any that is free.
+        source: Folder of a run, whose training images are embedded; or a folder written by `moco embed`.
+        save: Write the map to this single file, which opens without a server, and start no server.
+        most: Most images on the map, evenly spaced if there are more; not given: 5,000 for a run, else 100,000.
+        host: Address to listen on; for any but 127.0.0.1, the printed URL contains an access token.
+        port: Port to listen on; 0: any free port.
         browser: Open a browser.
-        as_json: Print where it is as JSON.
+        as_json: Print the location of the page as JSON.
     """
     from moco.explore.app import serve, show
     from moco.explore.atlas import MOST_OF_RUN, open_atlas
@@ -217,7 +217,7 @@ def explore(
         print(json.dumps({"url": server.url, "images": len(atlas.embeddings)}) if as_json else server.url, flush=True)
         if browser:
             show(server.url)
-        say("Ctrl-C stops it.")
+        say("Press Ctrl-C to stop.")
         server.serve_forever()
 
 
@@ -231,14 +231,14 @@ def pack(
     max_bad: float = 0.01,
     as_json: Json = False,
 ) -> None:
-    """Pack images into tar shards. However it was stopped, the same command goes on where it was.
+    """Pack images into tar shards. If interrupted, run the same command again to resume.
 
     Args:
         images: Folder of images, other shards, or `hf:NAME`.
-        out: A new folder, or one where this was begun.
-        shard_size: MiB of a shard.
-        workers: Shards written at a time; not given: as many as there are cores.
-        max_bad: Largest fraction of unreadable images that is left out.
+        out: A new folder, or an unfinished one.
+        shard_size: Size of a shard in MiB.
+        workers: Shards written at the same time; not given: one per core.
+        max_bad: Largest fraction of unreadable images to leave out; above it, packing stops with an error.
         as_json: Print what was written as JSON.
     """
     from moco.pack import pack as write
@@ -250,7 +250,7 @@ def pack(
         print(json.dumps(packed._asdict() | {"folder": str(packed.folder)}, indent=2))
         return
     size = f"{packed.images:,} images in {packed.shards} shards, {packed.size / 2**30:.3g} GiB"
-    say(f"{packed.folder} holds {size}, read back and compared.")
+    say(f"{packed.folder} holds {size}; all were read back and compared.")
     if packed.unreadable:
         say(f"{len(packed.unreadable):,} files could not be read: pack.json lists them.")
     say(f"Try next: moco pretrain --data {quote(str(packed.folder))}")

@@ -1,4 +1,4 @@
-"""What an encoder is worth, said in numbers and pages, and handed to other programs."""
+"""Commands that evaluate, report on and export an encoder."""
 
 import json
 from pathlib import Path
@@ -31,23 +31,23 @@ def evaluate(
 ) -> None:
     """Measure how good an encoder is.
 
-    The figures, accuracies by class and a picture of what is taken for what go into `evaluations/` of the run.
+    The results, with accuracy per class and a confusion matrix, are written to `evaluations/` in the run's folder.
 
     Args:
-        source: Folder of a run, or a checkpoint of anybody's.
-        protocol: `knn`, `linear`, `finetune`, `health`, which needs no labels, or `package.module:function`.
-        data: Images to evaluate on; not given: those that the run was trained on.
-        backbone: The network, where a foreign checkpoint does not say which it is.
-        out: Folder for the results, in place of the run's.
+        source: Folder of a run, or a checkpoint from any supported program.
+        protocol: `knn`, `linear`, `finetune`, `health` (needs no labels), or `package.module:function`.
+        data: Images to evaluate on; not given: those the run was trained on.
+        backbone: Name of the network, if it cannot be told from the checkpoint.
+        out: Folder for the results, instead of the run's.
         flags: Settings of the protocol.
         as_json: Print the results as JSON.
     """
-    given = settings.parse_evaluation(dict(flags or {}))  # a wrong value is answered before torch is loaded
+    given = settings.parse_evaluation(dict(flags or {}))  # reports a wrong value before torch is loaded
     from moco.evaluate import evaluate as measure
 
     with working(stderr()) as show:
         found = measure(source, protocol, data=data, backbone=backbone, out=out, settings=given, on_progress=show)
-    if launched().rank:  # the first of several processes tells
+    if launched().rank:  # only the first of several processes reports
         return
     if as_json:
         print(json.dumps(found.record(), indent=2))
@@ -58,12 +58,12 @@ def evaluate(
 
 
 def report(runs: list[Path], /, *, out: Path | None = None, as_json: Json = False) -> None:
-    """Write a run as one HTML page, or several side by side.
+    """Write an HTML report on one run, or on several runs side by side.
 
     Args:
-        runs: Folders of runs.
-        out: The file; not given: `report.html` of the run, or `comparison.html` here.
-        as_json: Print where it is as JSON.
+        runs: Folders of one or more runs.
+        out: File to write; not given: `report.html` in the run's folder, or `comparison.html` here for several.
+        as_json: Print the location of the report as JSON.
     """
     from moco.explore import report as pages
 
@@ -80,17 +80,17 @@ def export(
     out: Path | None = None,
     as_json: Json = False,
 ) -> None:
-    """Write an encoder as another program wants it; it is loaded there and compared before this says done.
+    """Write an encoder in another program's format, load it there and compare its features.
 
     Args:
-        source: Folder of a run, or a checkpoint of anybody's.
+        source: Folder of a run, or a checkpoint from any supported program.
         format: `timm`, `torchvision`, `safetensors`, `onnx`, `detectron2` or `official`.
-        backbone: The network, where a foreign checkpoint does not say which it is.
-        out: Folder to write, which must not exist yet; not given: `exports/FORMAT` of the run.
-        as_json: Print where it is as JSON.
+        backbone: Name of the network, if it cannot be told from the checkpoint.
+        out: Folder to write, which must not exist yet; not given: `exports/FORMAT` in the run's folder.
+        as_json: Print the location and the comparison as JSON.
     """
     if out is None and not (Path(source) / "config.yaml").is_file():
-        raise ValueError(f"{source} is not the folder of a run; say with --out where to write the export")
+        raise ValueError(f"{source} is not the folder of a run; give --out, the folder to write the export to")
     from moco.checkpoint import load_encoder
     from moco.export import export as write
 
@@ -100,5 +100,5 @@ def export(
         print(json.dumps({"folder": str(where)} | json.loads((where / "export.json").read_text()), indent=2))
     else:
         print(
-            f"{where} holds the encoder for {format}; it gives the same features there. README.md says how to load it."
+            f"{where} holds the encoder for {format}; its features there are the same. README.md says how to load it."
         )

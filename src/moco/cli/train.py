@@ -1,4 +1,4 @@
-"""Train, and what helps to choose how: recipes and this machine."""
+"""Commands that train, list recipes and describe the machine."""
 
 import json
 import signal
@@ -33,17 +33,17 @@ def pretrain(
 ) -> None:
     """Train an encoder on unlabelled images.
 
-    Without a recipe, `--data FOLDER` chooses every setting from the images and the machine and says why; with neither,
-    it is handwritten digits. A flag overrules the recipe; `none` takes a setting back to "not given".
+    Without a recipe, `--data FOLDER` chooses every setting from the images and the machine, and says why. With neither,
+    the recipe is `digits`, handwritten digits. Flags override the recipe; `none` resets a setting to "not given".
 
     Args:
-        recipe: A name that `moco recipes` lists, or a YAML file.
+        recipe: Name of a recipe (see `moco recipes`), or a YAML file.
         out: Folder of the run; it must not exist yet.
-        resume: Folder of a run that was stopped or killed: continue it from its last checkpoint. The same as `--out`:
-            begin it if there is none yet, so that one command starts and goes on. Or, with a recipe, a training
-            checkpoint of the official code.
-        print_config: Print every setting in force as YAML, and train nothing.
-        flags: Settings that overrule the recipe.
+        resume: Folder of a run that was stopped or killed, to continue from its last checkpoint. If equal to `--out`,
+            start the run when it does not exist, otherwise resume it. Or, with a recipe, a training checkpoint of the
+            official code.
+        print_config: Print every setting as YAML, and do not train.
+        flags: Settings that override the recipe.
         as_json: Print the results as JSON.
     """
     given = flags or {}
@@ -77,7 +77,7 @@ def recipes(name: str | None = None, /, *, as_json: Json = False) -> None:
     """List the recipes, or print one in full.
 
     Args:
-        name: A recipe; its YAML is printed as written.
+        name: Name of a recipe whose YAML to print.
         as_json: Print as JSON.
     """
     if name and not as_json:
@@ -89,24 +89,24 @@ def recipes(name: str | None = None, /, *, as_json: Json = False) -> None:
     elif as_json:
         print(json.dumps(records, indent=2))
     else:
-        # What a header says up to the first semicolon is short enough for a line.
+        # The header's text up to the first semicolon fits on a line.
         told = ("about", "expected", "cost", "source")
         rows = ([record["name"], *(record[key].partition(";")[0] for key in told)] for record in records)
         print_table("", ("recipe", "what it trains", "expected", "cost", "from"), rows)
         run = [record["name"] for record in records if "not yet run here" not in record["expected"]]
-        print(f"The figures of {' and '.join(run)} were measured by this project; all others are as published.")
-        print("moco recipes NAME prints one in full; moco pretrain NAME trains it.")
+        print(f"Results of {' and '.join(run)} were measured by this project; all others are as published.")
+        print("moco recipes NAME prints a recipe in full; moco pretrain NAME trains it.")
 
 
 def doctor(recipe: str | None = None, /, *, as_json: Json = False) -> None:
-    """Describe this machine, and what a recipe would need.
+    """Describe this machine, and what a recipe needs.
 
     Args:
-        recipe: A name that `moco recipes` lists, or a YAML file.
+        recipe: Name of a recipe (see `moco recipes`), or a YAML file.
         as_json: Print as JSON.
     """
     if recipe:
-        load_recipe(recipe)  # a wrong name is answered before torch is loaded
+        load_recipe(recipe)  # reports a wrong name before torch is loaded
     from moco.doctor import examine
 
     rows = examine(recipe)
@@ -117,7 +117,7 @@ def doctor(recipe: str | None = None, /, *, as_json: Json = False) -> None:
 
 
 def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
-    """The recipe, or what suits the images, with the given flags on top."""
+    """The recipe, or settings chosen from the images, overridden by the flags."""
     if recipe is None and "source" in given.get("data", {}):
         from moco.auto import auto_config
 
@@ -130,20 +130,20 @@ def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
 
 
 def _resumed(run: Path, recipe: str | None, out: Path | None, given: dict[str, Any]) -> PretrainConfig:
-    """The run's own settings; another machine may look for data and threads elsewhere."""
+    """The run's own settings; only those in CONTINUABLE may be given again."""
     from moco.run import Run
 
     if recipe or out:
-        raise ValueError(f"--resume was given with {recipe or f'--out {out}'}; a run goes on as and where it began")
+        raise ValueError(f"--resume was given with {recipe or f'--out {out}'}; a run keeps its own: leave it out")
     names = [f"{top}.{name}" for top, inner in given.items() if isinstance(inner, dict) for name in inner]
     names += [top for top, inner in given.items() if not isinstance(inner, dict)]
     opened = Run.open(run)
-    # To name the code again that a run names is to say that one trusts it.
+    # Naming the code of a run again on the command line means trusting it.
     trusted = given.get("views", {}).get("recipe") == opened.config.views.recipe
     own = (*CONTINUABLE, "views.recipe") if trusted else CONTINUABLE
     fixed = [f"--{name}" for name in names if name not in own]
     if fixed:
-        raise ValueError(f"{fixed[0]} was given with --resume; a run goes on with its own settings: start a new one")
+        raise ValueError(f"{fixed[0]} was given with --resume; a run keeps its settings: leave it out, or start anew")
     if not trusted:
         opened.refuse_code()
     return settings.merge(opened.config, given)

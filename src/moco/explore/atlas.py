@@ -127,7 +127,7 @@ def open_atlas(
     images = images or images_of(embeddings)
     if images is None:
         raise ValueError(
-            f"the images of {source} are not to be found (the first is {embeddings.paths[0]!r}); run this where they "
+            f"the images of {source} were not found (the first is {embeddings.paths[0]!r}); run this where they "
             "were embedded, or embed them anew"
         )
     if len(images) != len(embeddings):
