@@ -96,7 +96,7 @@ def test_no_accelerator_is_no_accelerator(capfd: pytest.CaptureFixture[str], mon
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = refusal(capfd, "pretrain", "digits", "--engine.accelerator", "cuda")
-    assert line == "engine.accelerator is 'cuda', but torch sees no CUDA device here; use --engine.accelerator cpu"
+    assert line == "engine.accelerator is 'cuda', but torch sees no CUDA device; use --engine.accelerator cpu"
 
 
 def test_a_logger_that_is_not_installed_is_named(

@@ -377,7 +377,7 @@ def test_a_checkpoint_of_the_official_code_goes_on_as_our_own(
     for name in other:
         if not name.endswith("ids"):
             torch.testing.assert_close(end[name], other[name], rtol=0, atol=1e-6)
-    assert "goes on at step 6 from" in (theirs.path / "log.txt").read_text()
+    assert "continues at step 6 from" in (theirs.path / "log.txt").read_text()
 
 
 def test_what_lacks_optimizer_or_queue_cannot_be_gone_on_from(images: torch.Tensor, tmp_path: Path) -> None:
@@ -394,14 +394,14 @@ def test_what_lacks_optimizer_or_queue_cannot_be_gone_on_from(images: torch.Tens
 
     released = {name: each for name, each in whole["state_dict"].items() if "encoder_q." in name}
     line = refusal({"state_dict": released, "optimizer": None})
-    assert "holds no optimizer and no key encoder and no queue: as released files do not" in line
+    assert "holds no optimizer and no key encoder and no queue, so training cannot be resumed from it" in line
     assert line.endswith(f"start from its weights with --init_from {path}")
-    assert "has made 3 epochs, which is all of --epochs 3" in refusal({"epoch": 3})
+    assert "is already at epoch 3 of 3; raise --epochs" in refusal({"epoch": 3})
     assert "other shapes for 1 of" in refusal({}, model={"queue_size": 96})
     assert "the state of another optimizer: expected step and exp_avg and exp_avg_sq of" in refusal({}, **ADAMW)
-    with pytest.raises(ValueError, match="does not hold the settings it was trained with; name the recipe too"):
+    with pytest.raises(ValueError, match="does not hold the settings it was trained with; give a recipe, too"):
         moco.pretrain(data=images, resume=path)
-    with pytest.raises(ValueError, match=f"give its folder, --resume {run.path}$"):
+    with pytest.raises(ValueError, match=f"give the run's folder: --resume {run.path}$"):
         moco.pretrain(config, resume=run.last)
 
 

@@ -242,7 +242,7 @@ def test_the_briefing_says_what_people_guess_wrong() -> None:
     assert f"loss: {math.log(4097):.2f} is chance" in text
     assert f"{math.log(1 + 4096 * math.exp(-10)):.2f} the floor" in text
     assert "queue: 4,096 keys, 8% of the images" in text and "own older keys" not in text
-    assert "own older keys are left out" in said(config, 4_000, mask_own=True)
+    assert "own older keys are excluded" in said(config, 4_000, mask_own=True)
 
 
 @pytest.mark.parametrize(("kind", "words"), [("plain", "over the whole batch"), ("shuffle", "across devices")])

@@ -121,7 +121,7 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
             moco.pretrain(settings(changed), out=run, resume=run, data=IMAGES)
         with pytest.raises(ValueError, match=rf"was begun with --{section}.{name} .*, now it is {value}; go on with"):
             moco.pretrain(settings(changed), resume=run, data=IMAGES)
-    with pytest.raises(ValueError, match="^out is .*elsewhere and resume .*run; a run goes on in its own folder"):
+    with pytest.raises(ValueError, match="^out is .*elsewhere and resume .*run; a run continues in its own folder"):
         moco.pretrain(settings(), out=tmp_path / "elsewhere", resume=run, data=IMAGES)
     assert moco.pretrain(settings(steps=4), resume=run, data=IMAGES).metrics[-1]["step"] == 4
     (tmp_path / "other").mkdir()
@@ -226,7 +226,7 @@ def test_v3_trains_on_digits_and_is_measured(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_path: Path) -> None:
     changed = {"optim": {"base_lr": 1e300}, "monitor": {"save_every": 1e-6, "log_every": 3}}
-    with pytest.raises(RuntimeError, match=r"^the loss is not a number before step 2; lower --optim.base_lr"):
+    with pytest.raises(RuntimeError, match=r"^the loss became NaN or infinite by step 2; lower --optim.base_lr"):
         moco.pretrain(settings(changed), out=tmp_path / "run", data=IMAGES)
     run = Run.open(tmp_path / "run")
     assert run.metrics == []

@@ -209,10 +209,10 @@ def test_a_run_goes_on_on_one_process_and_on_two_again(pair: Pair, tmp_path: Pat
         first, second = pair(train, run, {"steps": 11, "model": model}, run)
         for each in (first, second):
             assert_same_weights(each, whole[0])
-            assert "begun on 1 process, now 2: batch, order of images" in each["log"]
-        kept = f"keeps its {groups} groups" if groups else "is over the whole batch as before"
-        assert "begun on 2 processes, now 1: batch, order of images, views, rates, weights" in alone["log"]
-        assert f"batch norm {kept}: exact but for the rounding of sums" in alone["log"]
+            assert "started on 1 process, now 2: batch, image order" in each["log"]
+        kept = f"keeps its {groups} groups" if groups else "still covers the whole batch"
+        assert "started on 2 processes, now 1: batch, image order, views, learning rate, weights" in alone["log"]
+        assert f"batch norm {kept}: exact up to the rounding of sums" in alone["log"]
         losses = [[row["loss"] for row in each["rows"]] for each in (first, whole[0])]
         # A resumed run writes a row at the step it had to stop at, as every run does at its end.
         assert losses[0][-1] == pytest.approx(losses[1][-1], abs=1e-9)
@@ -276,7 +276,7 @@ def test_more_groups_than_processes_are_kept_and_fewer_are_owned_up_to(pair: Pai
     three = {"model": {"bn_splits": 3}}
     train(str(tmp_path / "three"), three | {"steps": 1})
     first, _ = pair(train, str(tmp_path / "three"), three | {"steps": 2}, str(tmp_path / "three"))
-    assert "but batch norm is over groups of 16 images from here on, not of 10" in first["log"]
+    assert "but batch norm now covers groups of 16 images instead of 10" in first["log"]
 
 
 def refused(folder: str, sections: dict[str, Any], numbers: list[int]) -> str:
@@ -296,15 +296,15 @@ def different_settings(folder: str) -> str:
 def test_what_two_processes_cannot_share_is_said_by_both(pair: Pair, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for line in pair(refused, str(folder), {}, [160, 150]):
-        assert line.startswith("process 1 has other images than process 0 (150 of sha256 ")
+        assert line.startswith("process 1 has different images from process 0 (150 of sha256 ")
         assert line.endswith("; give every process the same images")
     for line in pair(different_settings, str(folder)):
-        assert line.startswith("process 1 has other settings than process 0 (sha256 ")
+        assert line.startswith("process 1 has different settings from process 0 (sha256 ")
     small = {"batch_size": 2, "model": {"queue_size": 8}}
     for line in pair(refused, str(folder), small, [1, 1]):
         assert line == "1 images for 2 processes; start at most as many processes as images"
     for line in pair(refused, str(folder), small, [160, 160]):
-        assert line.startswith("batch_size 2 is one image for each of 2 processes")
+        assert line.startswith("batch_size 2 gives each of 2 processes one image, but batch norm needs at least 2")
     assert not folder.exists()
 
 
@@ -458,15 +458,15 @@ def begin(done: int, anew: bool) -> str:
 def test_processes_that_read_other_checkpoints_say_so(pair: Pair) -> None:
     assert pair(begin, 5, True) == ["", ""]
     for line in pair(begin, 5, False):
-        assert line.startswith("process 1 goes on at step 6, process 0 goes on at step 5; --out and --resume have to")
+        assert line.startswith("process 1 resumes at step 6, process 0 resumes at step 5; --out and --resume must")
 
 
 def test_a_run_that_goes_on_with_other_images_says_so(tmp_path: Path) -> None:
     train(str(tmp_path / "run"), {"steps": 2})
     found = train(str(tmp_path / "run"), {"steps": 4}, resume=str(tmp_path / "run"), images=IMAGES[1:])
-    assert "these are not the 160 images that the run was saved with, but 159, others or in another" in found["log"]
+    assert "the images differ from those of the saved run (160 then, 159 now, or another order)" in found["log"]
     train(str(tmp_path / "same"), {"steps": 2})
-    assert "these are not" not in train(str(tmp_path / "same"), {"steps": 4}, resume=str(tmp_path / "same"))["log"]
+    assert "the images differ" not in train(str(tmp_path / "same"), {"steps": 4}, resume=str(tmp_path / "same"))["log"]
 
 
 def measured(folder: str, protocol: str) -> dict[str, float]:
@@ -601,7 +601,8 @@ def test_one_that_is_told_to_stop_stops_both_one_that_dies_ends_both_and_one_pro
     assert time.monotonic() - began < 60
     last = said(logs, 0).strip().splitlines()[-1]
     assert last.startswith(
-        f"moco: another process of the run has ended or no longer answers, its own message says why; {run}"
+        "moco: another process of the run died or stopped responding (see its own message); resume from the last "
+        f"checkpoint with moco pretrain --resume {run}"
     )
     assert f"continued at step {step} of" in said(logs, 0)
 

@@ -1,4 +1,4 @@
-"""The machine, and what a recipe would need of it, said plainly."""
+"""What the machine offers, and what a recipe needs."""
 
 import os
 import platform
@@ -23,12 +23,12 @@ from moco.variants import build_model
 
 # Training images of the sets that have a name; `digits` keeps the last fifth of each class for testing.
 NAMED = {"digits": 1442, "cifar10": 50_000, "cifar100": 50_000, "stl10": 105_000, "imagenet": 1_281_167}
-# Numbers that an optimizer keeps per weight, besides the weight and its gradient.
+# Values that an optimizer keeps per weight, besides the weight and its gradient.
 STATE = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}
 
 
 class Row(NamedTuple):
-    """One line of the examination."""
+    """One row of the table that `moco doctor` prints."""
 
     name: str
     value: str
@@ -36,10 +36,10 @@ class Row(NamedTuple):
 
 
 def examine(recipe: str | None = None) -> list[Row]:
-    """What this machine is, and, given a recipe, roughly what it would take.
+    """Describe this machine and, given a recipe, roughly what it needs.
 
     Args:
-        recipe: a recipe's name or a path to a YAML file.
+        recipe: name of a recipe, or path of a YAML file.
 
     Raises:
         ValueError: no such recipe.
@@ -58,7 +58,7 @@ def machine() -> list[Row]:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = cpu_flags()
     if flags is None:
-        fast = Row("bf16 on CPU", "not told by this system")
+        fast = Row("bf16 on CPU", "unknown on this system")
     elif "amx_bf16" in flags:
         fast = Row("bf16 on CPU", "AMX", "amx_bf16: a matrix unit; bf16 pays")
     elif "avx512_bf16" in flags:
@@ -74,13 +74,13 @@ def machine() -> list[Row]:
         Row("CPU cores", str(allowed), f"of {os.cpu_count()}; torch uses {torch.get_num_threads()} threads"),
         Row("vector unit", torch.backends.cpu.get_cpu_capability(), "as torch sees it"),
         fast,
-        Row("memory", _gib(total) if total else "not told by this system", f"{_gib(free)} free" if free else ""),
+        Row("memory", _gib(total) if total else "unknown on this system", f"{_gib(free)} free" if free else ""),
         Row("disk", f"{_gib(disk)} free", "in the current folder" if disk > 2**31 else "little: a run may need 1 GiB"),
     ]
 
 
 def versions() -> list[Row]:
-    """Python and what training is built on."""
+    """Versions of Python and of the packages that training is built on."""
     rows = [Row("Python", platform.python_version())]
     for name in ("moco-ssl", "torch", "torchvision", "timm", "lightning-fabric"):
         try:
@@ -91,7 +91,7 @@ def versions() -> list[Row]:
 
 
 def devices() -> list[Row]:
-    """Accelerators, and the arithmetic that `--engine.precision auto` stands for on each kind."""
+    """Accelerators, and the precision that `--engine.precision auto` selects on each."""
     rows = []
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found:
@@ -104,7 +104,7 @@ def devices() -> list[Row]:
 
 
 def needs(config: PretrainConfig) -> list[Row]:
-    """What a run would take: exact where it is arithmetic, an estimate where it says so."""
+    """What a run needs; figures are exact unless marked as an estimate."""
     rows = [Row("recipe", config.recipe)]
     count = num_images(config.data)
     if count is None:
@@ -115,11 +115,11 @@ def needs(config: PretrainConfig) -> list[Row]:
         steps = count // config.batch_size
         share = config.model.queue_size / count if count else 0.0
         rows.append(Row("images", f"{count:,}", config.data.source))
-        rows.append(Row("steps", f"{steps * config.epochs:,}", f"{steps:,} a pass, {config.epochs} passes"))
+        rows.append(Row("steps", f"{steps * config.epochs:,}", f"{steps:,} per epoch, {config.epochs} epochs"))
         if steps == 0:
             rows[-1] = Row("steps", "0", f"fewer images than batch_size {config.batch_size}")
         if config.model.queue_size:
-            note = "over 10 %: an image's own older keys are left out" if share > 0.1 else ""
+            note = "over 10 %: an image's own older keys are excluded" if share > 0.1 else ""
             rows.append(Row("queue", f"{share:.0%} of the images", note))
     query, everything, activations = sizes(config)
     held = 4 * (everything + query * (1 + STATE[config.optim.name]) + config.model.queue_size * config.model.dim)
@@ -129,18 +129,16 @@ def needs(config: PretrainConfig) -> list[Row]:
     _, free = _memory()
     note = "estimate: weights, gradients, optimizer, queue, and activations of fp32"
     if free and need > free and not torch.accelerator.is_available():
-        note = (
-            f"estimate; more than the {_gib(free)} that are free: try --optim.accumulate {2 * config.optim.accumulate}"
-        )
+        note = f"estimate; more than the {_gib(free)} free now: try --optim.accumulate {2 * config.optim.accumulate}"
     rows.append(Row("parameters", f"{query / 1e6:.1f} million", "query encoder with its head"))
     rows.append(Row("memory needed", _gib(need), note))
     return rows
 
 
 def num_images(data: DataConfig) -> int | None:
-    """Training images of a set, a folder, a list or an array file; None where only a download would tell.
+    """Number of training images in a data set, a folder, a list or an array file; None if unknown without a download.
 
-    Files are counted by their suffix or in the list, not opened.
+    Files are counted by suffix or in the list, not opened.
 
     Raises:
         ValueError: a list or an array file that cannot be read.
@@ -164,11 +162,11 @@ def num_images(data: DataConfig) -> int | None:
 
 
 def sizes(config: PretrainConfig) -> tuple[int, int, int]:
-    """Counted on the meta device, which takes no memory and runs nothing.
+    """Count parameters and activations on the meta device, which takes no memory and computes nothing.
 
     Returns:
-        Parameters of the query encoder; of everything, key encoder and predictor included; and numbers that one view of
-        one image leaves behind for the backward pass.
+        Parameters of the query encoder; parameters in all, key encoder and predictor included; and activations that one
+        view of one image leaves for the backward pass.
 
     Raises:
         ValueError: unknown backbone, head or variant.
@@ -191,7 +189,7 @@ def sizes(config: PretrainConfig) -> tuple[int, int, int]:
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes in all and free, of the container if it allows less than the machine; 0 where the system does not tell."""
+    """Total and free memory in bytes, of the container if it is limited below the machine's; 0 if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

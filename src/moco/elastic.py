@@ -1,4 +1,4 @@
-"""A run that goes on on another number of processes than it was begun on: what stays the same, and what does not."""
+"""Resuming a run on a different number of processes: what stays the same, and what does not."""
 
 from moco import dist
 from moco.config import ModelConfig, PretrainConfig
@@ -6,18 +6,18 @@ from moco.variants import choose_batchnorm
 
 
 def regrouped(model: ModelConfig, groups: int) -> tuple[ModelConfig, bool, int]:
-    """The settings by which the ranks that there are now take batch-norm statistics over the groups of an earlier run.
+    """Settings with which the present ranks compute batch-norm statistics over the same groups as the earlier run.
 
-    Group j is images j, j + s, ... of the batch, in whatever order. With s groups on one process, on s processes that
-    exchange images (v1, section 3.3), or on fewer that have several groups each, it is the same images.
+    Group j consists of images j, j + s, ... of the batch, in any order. These are the same images with s groups on one
+    process, on s processes that exchange images (v1, section 3.3), or on fewer processes with several groups each.
 
     Args:
-        model: as it was given.
-        groups: of the earlier run; 0: none.
+        model: the settings as given.
+        groups: number of groups in the earlier run; 0: none.
 
     Returns:
-        Settings; whether images are exchanged between ranks though the settings take groups within one; and the number
-        of groups of a forward pass over all ranks, 0 where batch norm has none that others could have.
+        The settings; whether images are exchanged between ranks although the groups lie within one; and the number of
+        groups in a forward pass over all ranks, 0 if batch norm has no groups that other processes could form.
     """
     world, kind = dist.world_size(), choose_batchnorm(model)
     if model.variant == "v3" or kind not in ("split", "shuffle"):
@@ -31,25 +31,25 @@ def regrouped(model: ModelConfig, groups: int) -> tuple[ModelConfig, bool, int]:
 
 
 def exactness(config: PretrainConfig, before: int, groups_before: int, groups: int) -> str:
-    """What is said when a run goes on on another number of processes.
+    """The line that is logged when a run is resumed on a different number of processes.
 
     Args:
-        config: of the run.
-        before: processes of the earlier part.
-        groups_before: batch-norm groups of a forward pass then, 0: none that others could have.
-        groups: now.
+        config: settings of the run.
+        before: number of processes before.
+        groups_before: batch-norm groups in a forward pass before; 0: none that other processes could form.
+        groups: batch-norm groups now.
     """
     now, parts, kind = dist.world_size(), config.optim.accumulate, choose_batchnorm(config.model)
-    same = "batch, order of images, views, rates, weights, optimizer and queue go on as they were"
+    same = "batch, image order, views, learning rate, weights, optimizer and queue continue unchanged"
     if parts > 1 and kind != "plain":
-        norm = f"but batch norm sees other images together, for each process deals its share out to {parts} parts"
+        norm = f"but batch norm now groups images differently, as each process divides its share into {parts} parts"
     elif kind == "sync":
-        norm = "batch norm is over the whole batch as before: exact but for the rounding of sums"
+        norm = "batch norm still covers the whole batch: exact up to the rounding of sums"
     elif groups and groups == groups_before:
-        norm = f"batch norm keeps its {groups} groups: exact but for the rounding of sums"
+        norm = f"batch norm keeps its {groups} groups: exact up to the rounding of sums"
     elif groups and groups_before:
         size = config.batch_size
-        norm = f"but batch norm is over groups of {size // groups} images from here on, not of {size // groups_before}"
+        norm = f"but batch norm now covers groups of {size // groups} images instead of {size // groups_before}"
     else:
-        norm = "but batch norm is over each process's share of the batch, which is another"
-    return f"begun on {before} process{'es' if before > 1 else ''}, now {now}: {same}; {norm}"
+        norm = "but batch norm now sees a different number of images per process"
+    return f"started on {before} process{'es' if before > 1 else ''}, now {now}: {same}; {norm}"

@@ -31,27 +31,27 @@ Precision = Literal["fp32", "bf16", "fp64"]
 _FABRIC_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
     "fp32": "32-true",
     "bf16": "bf16-mixed",
-    # The loop casts weights and views; Fabric's own 64-true would bring keys and loss back to float32.
+    # The loop casts weights and views; Fabric's own 64-true would convert keys and loss back to float32.
     "fp64": "32-true",
 }
 ASK_EVERY = 10
 """Steps between two questions among ranks whether one of them has to stop or save."""
 SLOW_STEP = 0.5
-"""Seconds of a step from which they ask at every one: torchrun and SLURM kill 30 seconds after the first signal."""
+"""Seconds per step above which ranks ask at every step: torchrun and SLURM kill 30 seconds after the first signal."""
 FAILED = 1_000
-"""The answer if one of them cannot go on; signals are smaller numbers."""
+"""The answer if a rank cannot continue; signals are smaller numbers."""
 PATIENCE = datetime.timedelta(hours=2)
-"""For which ranks wait for one that makes a cache, fetches shards or draws; one that has died is noticed sooner."""
+"""How long ranks wait for one that builds a cache, fetches shards or draws; one that has died is noticed sooner."""
 WAIT = datetime.timedelta(days=1)
 PARTING = 20.0
-"""Seconds for which a process that the first one started waits for that to leave before it."""
+"""Seconds that a process started by the run's first one waits for it to leave first."""
 
 
 class Stopped(Exception):
-    """The run was told to stop; everything is saved.
+    """The run was stopped by a signal; everything is saved.
 
     Args:
-        signum: the signal that told it.
+        signum: the signal.
         path: the folder of the run.
     """
 
@@ -78,23 +78,23 @@ def cpu_has_bf16() -> bool:
 
 
 def choose_accelerator(name: str) -> str:
-    """`auto`, resolved to the fastest that is there."""
+    """Resolve `auto` to the fastest accelerator available."""
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def own_device(accelerator: str) -> str:
-    """Where this process works: of several that torchrun started on one machine each has a device of its own."""
+    """The device of this process; processes that torchrun starts on one machine have a device each."""
     name, local = choose_accelerator(accelerator), os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if name == "cuda" and local else name
 
 
 @contextmanager
 def met() -> Generator[None]:
-    """Within, the processes that torchrun started for something else than training can talk, on the CPU.
+    """Within it, processes that torchrun started for something other than training can communicate, on the CPU.
 
-    They wait for each other as long as it takes: what one rank does alone may take hours.
+    They wait up to a day for each other, because what one rank does alone may take hours.
     """
     if launched().by != "torchrun" or torch.distributed.is_initialized():
         yield
@@ -117,10 +117,10 @@ def choose_precision(accelerator: str) -> Precision:
 
 
 def resolve(config: EngineConfig) -> EngineConfig:
-    """The same with every choice made, as it is stored in the run: a resumed run must make the same ones.
+    """Make every choice that is left open, as stored in the run, so that a resumed run makes the same ones.
 
     Raises:
-        ValueError: an accelerator that is not here.
+        ValueError: the accelerator is unknown or not available.
     """
     accelerator = choose_accelerator(config.accelerator)
     known = [*ACCELERATOR_REGISTRY.available_accelerators(), "gpu"]
@@ -128,10 +128,10 @@ def resolve(config: EngineConfig) -> EngineConfig:
         raise ValueError(f"engine.accelerator is {accelerator!r}; expected one of {', '.join(sorted(known))}, or auto")
     if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
         raise ValueError(
-            "engine.accelerator is 'cuda', but torch sees no CUDA device here; use --engine.accelerator cpu"
+            f"engine.accelerator is {accelerator!r}, but torch sees no CUDA device; use --engine.accelerator cpu"
         )
     if accelerator == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("engine.accelerator is 'mps', but this is no Apple GPU; use --engine.accelerator cpu")
+        raise ValueError("engine.accelerator is 'mps', but there is no Apple GPU; use --engine.accelerator cpu")
     precision = choose_precision(accelerator) if config.precision == "auto" else config.precision
     layout = precision == "bf16" if config.channels_last is None else config.channels_last
     threads = config.threads or threads_each(config.model_copy(update={"accelerator": accelerator}))
@@ -141,10 +141,10 @@ def resolve(config: EngineConfig) -> EngineConfig:
 
 
 def processes(config: EngineConfig) -> tuple[int, int]:
-    """Processes per node, and nodes: as torchrun or SLURM started them, else as the settings say.
+    """Processes per node and number of nodes: from torchrun or SLURM if they started the run, else the settings.
 
     Args:
-        config: its accelerator is resolved.
+        config: with its accelerator resolved.
     """
     launch = launched()
     if launch.per_node and launch.nodes:
@@ -156,21 +156,21 @@ def processes(config: EngineConfig) -> tuple[int, int]:
 
 
 def threads_each(config: EngineConfig) -> int:
-    """CPU threads of one process: torch's choice, shared among those of this machine unless somebody has chosen."""
+    """CPU threads per process: torch's default, divided among those of this machine unless OMP_NUM_THREADS is set."""
     here = sharing_cores(processes(config)[0])
     return torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() // here)
 
 
 def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -> Fabric:
-    """Devices, processes, precision and loggers, launched.
+    """Build and launch Fabric: devices, processes, precision and loggers.
 
     Args:
         config: resolved.
         loggers: names of loggers besides metrics.csv.
-        folder: of the run, where loggers write.
+        folder: the run's folder, where loggers write.
 
     Raises:
-        ValueError: the processes cannot meet: their port is in use, the first cannot be reached, or SLURM's srun was
+        ValueError: the processes cannot connect: their port is in use, the first cannot be reached, or SLURM's srun was
             left out.
     """
     check_started()
@@ -192,7 +192,7 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
         _launch(fabric)
     if several and launched().by == "first" and os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(config.threads or torch.get_num_threads())  # Fabric has ideas of its own
+    torch.set_num_threads(config.threads or torch.get_num_threads())  # Fabric has changed it
     return fabric
 
 
@@ -201,14 +201,14 @@ def _strategy(launch: Launch) -> DDPStrategy:
 
 
 def _environment(launch: Launch) -> LightningEnvironment | SLURMEnvironment | TorchElasticEnvironment:
-    """What Fabric would find, but for a job of SLURM's that has one task and is to start the others itself."""
+    """What Fabric would detect, except for a SLURM job with one task, which starts the other processes itself."""
     if launch.by == "torchrun":
         return TorchElasticEnvironment()
     return SLURMEnvironment(auto_requeue=False) if launch.by == "slurm" else LightningEnvironment()
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process, which the first one started, soon after that has: in a collective it would wait for long."""
+    """End this process soon after `parent`, which started it, has ended; in a collective it would wait for long."""
     while os.getppid() == parent:
         time.sleep(1)
     time.sleep(PARTING / 2)
@@ -224,15 +224,18 @@ def _launch(fabric: Fabric) -> None:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
             raise ValueError(
-                f"port {os.environ.get('MASTER_PORT')} is in use; give the processes another to meet at: set "
+                f"port {os.environ.get('MASTER_PORT')} is in use; choose another for the processes to connect at: set "
                 "MASTER_PORT, or torchrun's --master-port"
             ) from None
-        raise ValueError(f"the processes did not meet at {place} ({_start(error)}); did all of them start?") from None
+        raise ValueError(
+            f"the processes could not connect at {place} ({_start(error)}); check that all were started and can reach "
+            "this address"
+        ) from None
 
 
 def ddp_options() -> dict[str, Any]:
-    """No buffers at each step: all ranks hold the same queue, and sending it costs 33 MB at K = 65,536."""
-    # Older torch knows one name only, and newer deprecates it.
+    """DDP without buffers sent at each step: all ranks hold the same queue, which is 33 MB at K = 65,536."""
+    # Older torch knows only one name, which newer torch deprecates.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     # Gradients lie where they are summed: no copy there and back, and no second set of them.
     return {"forward_sync_buffers" if renamed else "broadcast_buffers": False, "gradient_as_bucket_view": True}
@@ -240,13 +243,13 @@ def ddp_options() -> dict[str, Any]:
 
 @contextmanager
 def loss_named(path: Path) -> Generator[None]:
-    """What a process says when another has died: one line instead of a collective's innards.
+    """Report the death of another process in one line, instead of the traceback of a collective.
 
     Args:
-        path: of the run.
+        path: the run's folder.
 
     Raises:
-        RuntimeError: another process has ended or does not answer.
+        RuntimeError: another process has died or stopped responding.
     """
     try:
         yield
@@ -254,8 +257,8 @@ def loss_named(path: Path) -> Generator[None]:
         if dist.world_size() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise
         raise RuntimeError(
-            f"another process of the run has ended or no longer answers, its own message says why; {path} goes on from "
-            f"its last checkpoint: moco pretrain --resume {path}"
+            "another process of the run died or stopped responding (see its own message); resume from the last "
+            f"checkpoint with moco pretrain --resume {path}"
         ) from None
 
 
@@ -265,7 +268,7 @@ def _start(error: Exception) -> str:
 
 @contextmanager
 def _fabric_unheard() -> Generator[None]:
-    """Without its remarks on stderr, where a command says what it has to say in words of its own."""
+    """Silence Fabric's remarks on stderr; a command has its own."""
     logger = logging.getLogger("lightning_fabric")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -278,13 +281,13 @@ def _fabric_unheard() -> Generator[None]:
 class StopSignal:
     """A signal to stop sets a flag that all ranks agree on every few steps; a second Ctrl-C stops at once.
 
-    SIGTERM, Ctrl-C, and SIGUSR1, by which SLURM tells that a job's time is nearly over.
+    The signals are SIGTERM, Ctrl-C, and SIGUSR1, which SLURM sends when a job's time is nearly over.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.failure: Exception | None = None
-        """Why this rank cannot go on; the others hear of it at the next question."""
+        """Why this rank cannot continue; the others learn of it in the next round."""
         self._asked, self._asked_at = 0, -math.inf  # the step of the last question, and when it was
         self._every = 1  # until it is known how long a step takes
         self._before: dict[int, object] = {}
@@ -312,8 +315,8 @@ class StopSignal:
 
         Args:
             step: the same on all ranks, as is `at_once`.
-            due: a checkpoint is, to this rank's mind.
-            device: of this rank.
+            due: whether a checkpoint is due on this rank.
+            device: device of this rank.
             at_once: ask at this step in any case.
 
         Raises:
@@ -335,9 +338,9 @@ class StopSignal:
 
 
 def part_in_order(stopped: Stopped) -> None:
-    """After a stop, before the processes end: the first puts the job back into SLURM's queue, the others let it leave.
+    """End the processes in order after a stop: the first requeues the job in SLURM, the others let it leave first.
 
-    Who starts processes takes one that ends as a failure, and kills the others.
+    Whoever starts processes takes one that ends as a failure, and kills the others.
     """
     if os.name == "posix" and stopped.signum == signal.SIGUSR1:
         dist.first(_queue_again)  # the others wait: srun may end the step as soon as one has left

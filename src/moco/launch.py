@@ -1,6 +1,6 @@
-"""How this process came to be: alone, by torchrun, by SLURM, or by the first process of its run. Without torch.
+"""How this process was started: alone, by torchrun, by SLURM, or by the first process of its run.
 
-What is known from the environment before processes have found each other; afterwards `moco.dist` says it.
+Read from the environment without torch, before the processes are connected; afterwards, use `moco.dist`.
 """
 
 import os
@@ -9,13 +9,13 @@ from typing import Literal, NamedTuple
 
 
 class Launch(NamedTuple):
-    """Who started this process, and beside which others.
+    """Who started this process, and how many others.
 
     Attributes:
         by: `torchrun`, `slurm`, `first` (the run's first process started the others), or `alone`.
-        rank: 0 speaks and writes for all.
-        per_node: processes on each machine; None: as the settings say.
-        nodes: machines; likewise.
+        rank: rank of this process; 0 prints and writes for all.
+        per_node: processes on each machine; None: taken from the settings.
+        nodes: number of machines; None: taken from the settings.
     """
 
     by: Literal["torchrun", "slurm", "first", "alone"]
@@ -25,7 +25,7 @@ class Launch(NamedTuple):
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Reads it from the environment.
+    """Read from the environment how this process was started.
 
     Args:
         environment: variables by name.
@@ -44,13 +44,13 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def check_started(environment: Mapping[str, str] = os.environ) -> None:
-    """Before a process waits for others that nobody starts.
+    """Check, before waiting for other processes, that something starts them.
 
     Args:
         environment: variables by name.
 
     Raises:
-        ValueError: SLURM has several tasks for this job, and this process is none of them.
+        ValueError: the SLURM job has several tasks, and this process is none of them.
     """
     tasks = _tasks(environment)
     if tasks > 1 and launched(environment).by == "alone":
@@ -60,7 +60,7 @@ def check_started(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def sharing_cores(per_node: int, environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes, with this one, the cores are for that it may use.
+    """Number of processes, this one included, that share the cores available to it.
 
     Args:
         per_node: processes on this machine.

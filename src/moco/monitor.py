@@ -1,4 +1,4 @@
-"""What is watched while training: kNN and health by the code of `moco evaluate`, the step's numbers, the curves."""
+"""What is measured during training: kNN and health, with the code of `moco evaluate`, and the metrics of each step."""
 
 import math
 import time
@@ -46,26 +46,26 @@ COLUMNS = (
 TIMES = ("images_per_second", "data_wait", "train_seconds", "cpu_seconds")
 """Columns that differ from run to run; all others are equal to the last bit."""
 MAX_BANK, MAX_QUERIES = 50_000, 5_000
-"""Images that vote and that are asked about while training; evenly spaced ones of a larger set. At the end as many of
-both as vote."""
+"""Most training images that vote and most images that are classified during training, evenly spaced in a larger set. At
+the end, the first limit holds for both."""
 HEALTH = ("effective_rank", "alignment", "uniformity")
-"""Columns that need no labels."""
+"""Columns of metrics.csv that need no labels."""
 MAX_SEEN, MIN_SEEN, MAX_HELD = 1_000, 256, 2**28
-"""Images whose two views tell of health: a quarter of all, within these bounds. Crops of files are held in memory, of
-as many as fit into so many bytes."""
+"""Images whose two views measure health: a quarter of all, within the first two bounds. Crops of files are kept in
+memory, as many as fit into `MAX_HELD` bytes."""
 FIXED_EPOCH = -1
-"""Of those two views, which are the same at every look and no step has."""
+"""Epoch of those two views: the same each time, and one that no training step has."""
 AT_ONCE = 256
-"""Images whose features are taken together, whatever the number of processes: a sum's last bit depends on it."""
+"""Images per forward pass, whatever the number of processes: the last bit of a sum depends on it."""
 MAX_CLASSES_FEW = 100
-"""Few-label accuracy is taken for at most so many classes."""
+"""Few-label accuracy is only measured up to this number of classes."""
 
 
 class Meter:
-    """Means of a step's numbers since they were last read; they stay on the device until then."""
+    """Means of the training metrics since they were last read; they stay on the device until then."""
 
     def __init__(self, device: torch.device):
-        # Apple's GPUs have no float64; means over a few steps bear it.
+        # Apple's GPUs have no float64; float32 is enough for means over a few steps.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(5, dtype=dtype, device=device)
         self.count = 0
@@ -75,7 +75,7 @@ class Meter:
         self.count += 1
 
     def read(self) -> dict[str, float]:
-        """The means over all ranks; the only place where the host waits for the device."""
+        """Return the means over all ranks; the only place where the host waits for the device."""
         mean = dist.all_reduce_sum(self.sums) / (self.count * dist.world_size())
         loss, positive, negative, accuracy, spread = mean.tolist()
         self.sums.zero_()
@@ -89,11 +89,11 @@ class Meter:
         }
 
     def level(self) -> None:
-        """Every rank's sums become their mean over ranks: what is saved then does not depend on how many there were."""
+        """Replace the sums by their mean over ranks, so that what is saved does not depend on the number of ranks."""
         self.sums.copy_(dist.all_reduce_sum(self.sums) / dist.world_size())
 
     def finite(self) -> bool:
-        """Whether every number so far is one; waits for the device."""
+        """Whether every value so far is finite; waits for the device."""
         return bool(self.sums.isfinite().all())
 
     def state(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Meter:
 
 
 class Clock:
-    """Wall-clock and processor seconds of training alone, over all parts of a resumed run."""
+    """Wall-clock and CPU seconds spent training, over all parts of a resumed run."""
 
     def __init__(self) -> None:
         self._wall = self._cpu = self._started = self._marked = self._started_cpu = 0.0
@@ -113,13 +113,13 @@ class Clock:
         self._step: int | None = None
 
     def start(self) -> None:
-        """Counts from now on; what lies before was something else."""
+        """Count from now on; time since the last reading was not spent training."""
         self._started = self._marked = time.perf_counter()
         self._started_cpu = time.process_time()
         self._runs = True
 
     def read(self, step: int, batch_size: int, waited: float) -> dict[str, float]:
-        """Times so far, and the speed since they were last read."""
+        """Return the times so far, and the speed since they were last read."""
         since, before = time.perf_counter() - self._marked, self._step
         self._marked, self._step = time.perf_counter(), step
         speed = {} if before is None else {"images_per_second": (step - before) * batch_size / since}
@@ -142,13 +142,13 @@ def spread(keys: Tensor) -> Tensor:
 
 
 def shared(images: Images, work: Callable[[Images], Tensor], width: int, device: torch.device) -> Tensor:
-    """What `work` makes of all images, in their order and on the CPU: each rank works on a share, all have the whole.
+    """Apply `work` to all images; each rank takes a share, and all get the rows of all images in order, on the CPU.
 
     Args:
         images: the same on all ranks.
-        work: images to float32 rows, at least one.
-        width: of a row.
-        device: that ranks talk through.
+        work: turns images, at least one, into float32 rows.
+        width: length of a row.
+        device: device through which ranks communicate.
     """
     total = len(images)
     return dist.in_shares(
@@ -162,19 +162,18 @@ def shared(images: Images, work: Callable[[Images], Tensor], width: int, device:
 
 @dataclass(frozen=True)
 class Monitor:
-    """KNN and health of an encoder in training.
+    """KNN and health of an encoder during training.
 
-    Of several ranks all have to call a method. Each takes a share of the features, the first draws the conclusions, and
-    all are told them.
+    All ranks have to call a method together. They share the work, and all get the results.
 
     Args:
-        config: of the run.
-        watched: images that vote and images that are asked about; None without labels.
-        final: the same for the last table: the test images where there are any.
-        seen: training images whose two views tell of health; labels are not looked at.
-        views: how the two are made: as for training.
-        encoder: shares its backbone with the model that is trained.
-        projector: likewise.
+        config: settings of the run.
+        watched: images that vote and images that are classified during training; None without labels.
+        final: likewise for the results before and after training: the test images if there are any.
+        seen: training images whose two views measure health; their labels are not used.
+        views: how the two views are made: as for training.
+        encoder: shares its backbone with the model in training.
+        projector: the head of the model in training.
     """
 
     config: PretrainConfig
@@ -186,7 +185,7 @@ class Monitor:
     projector: nn.Module
 
     def look(self) -> dict[str, float]:
-        """All that is looked at every so often; nothing random is drawn, and the encoder stays as it was."""
+        """KNN and health; draws no random numbers, and leaves the encoder unchanged."""
         return self.knn() | self.health()
 
     def health(self) -> dict[str, float]:
@@ -201,7 +200,7 @@ class Monitor:
 
     @cached_property
     def _crops(self) -> Tensor:
-        """Files are read once."""
+        """Crops of image files, which are read only once."""
         assert not isinstance(self.seen, ArrayImages)
         return two_crops(self.seen, torch.arange(len(self.seen)), self.views, epoch=FIXED_EPOCH)
 
@@ -217,14 +216,14 @@ class Monitor:
         }
 
     def measure(self) -> dict[str, float]:
-        """Accuracies of the encoder on the images of the final table."""
+        """Accuracies of the encoder on the images of the final results."""
         if self.final is None:
             return {}
         held, (bank, queries) = self.final, [self._features(images) for images in self.final]
         return self._table_row(bank, queries, held)
 
     def measure_pixels(self) -> dict[str, float]:
-        """The same for raw pixels, plain or with the training mean subtracted: the better of both, each time."""
+        """Accuracies of raw pixels, plain or with the training mean subtracted, whichever is better."""
         if self.final is None:
             return {}
         held, size = self.final, min(self.encoder.input_size, 32)
@@ -276,7 +275,7 @@ class Monitor:
 
 
 def build_monitor(config: PretrainConfig, splits: Splits, encoder: ImageEncoder, projector: nn.Module) -> Monitor:
-    """A monitor for these images; without labels one that tells of health alone."""
+    """Build a monitor for these images; without labels, it measures health only."""
     train, size = splits.train, config.views.size
     most = max(MIN_SEEN, min(MAX_SEEN, len(train) // 4))
     if not isinstance(train, ArrayImages):
@@ -287,7 +286,7 @@ def build_monitor(config: PretrainConfig, splits: Splits, encoder: ImageEncoder,
         return Monitor(config, None, None, seen, views, encoder, projector)
     final = HeldOut(*(some_of(images, MAX_BANK) for images in held_out(splits)))
     watched = held_out(splits, use_test=config.monitor.split == "test")
-    # The published protocol asks about all test images; the choice of `best` can do with fewer.
+    # The published protocol classifies all test images; fewer are enough to choose `best`.
     asked = watched.test if config.monitor.split == "test" else some_of(watched.test, MAX_QUERIES)
     watched = HeldOut(some_of(watched.train, MAX_BANK), asked)
     return Monitor(config, watched, final, seen, views, encoder, projector)

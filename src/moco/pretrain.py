@@ -33,7 +33,7 @@ log = logging.getLogger("moco")
 
 
 class Progress(NamedTuple):
-    """Where training stands; `metrics` is the latest row of metrics.csv."""
+    """How far training has come; `metrics` is the latest row of metrics.csv."""
 
     step: int
     total_steps: int
@@ -52,42 +52,45 @@ def pretrain(
     resume: str | Path | None = None,
     on_progress: Show | None = None,
 ) -> Run:
-    """Trains an encoder on images without labels; labels, where there are any, only measure it.
+    """Train an encoder on unlabelled images; labels, if there are any, are only used to measure it.
 
     Args:
-        config: a recipe's name, a YAML file or the settings; not given: chosen from `data`, or `digits`.
+        config: name of a recipe, a YAML file or the settings; not given: chosen from `data`, or `digits`.
         out: folder of the run; not given: `runs/` and the recipe's name.
-        data: in place of the recipe's images: name or folder, uint8 tensor or array, list of PIL images, Dataset.
-        resume: folder of a run to continue from its last checkpoint, to the same bits as if it had never stopped; the
-            same as `out`: where there is none yet, begin it, so that one call both starts and goes on. Or a training
-            checkpoint of the official code, which a new run goes on from by the settings of `config`.
-        on_progress: called each time numbers were read from the device, on the first process.
+        data: images to use instead of the recipe's: a name or folder, uint8 tensor or array, list of PIL images, or
+            Dataset.
+        resume: folder of a run to continue from its last checkpoint, bit for bit as if it had never stopped. If equal
+            to `out`, the run is started when it does not exist, and resumed otherwise. Or a training checkpoint of the
+            official code, which a new run continues with the settings in `config`.
+        on_progress: called on the first process each time metrics are read from the device.
 
     Returns:
         The finished run.
 
     Raises:
-        ValueError: settings that do not fit each other or the images, a run to resume that names code of somebody's, or
-            a checkpoint to resume without optimizer or queue; nothing has been written.
-        FileExistsError: there is something at `out` already.
-        Stopped: SIGTERM or Ctrl-C; everything is saved, and `resume` continues.
+        ValueError: the settings do not fit together or do not fit the images; the run to resume names code to import;
+            the checkpoint to resume lacks an optimizer or a queue; or, at any time, too many images cannot be read.
+        FileExistsError: `out` exists already.
+        FileNotFoundError: the recipe, the images or the run to resume do not exist.
+        RuntimeError: the loss became NaN or infinite, or another process has died; the last checkpoint is intact.
+        Stopped: SIGTERM, SIGUSR1 or Ctrl-C; everything is saved, and `resume` continues.
 
     Example:
         >>> run = moco.pretrain("digits", out="runs/first")                                  # doctest: +SKIP
     """
     file = Path(resume) if resume is not None and Path(resume).is_file() else None
     if file and file.parent.name == "checkpoints" and (whole := file.parent.parent / "config.yaml").is_file():
-        raise ValueError(f"{file} is of a run, which goes on as a whole: give its folder, --resume {whole.parent}")
+        raise ValueError(f"{file} belongs to a run; to resume, give the run's folder: --resume {whole.parent}")
     if file and config is None:
-        raise ValueError(f"{file} does not hold the settings it was trained with; name the recipe too")
+        raise ValueError(f"{file} does not hold the settings it was trained with; give a recipe, too")
     either = resume is not None and out is not None and Path(out) == Path(resume)
     ahead = either and not (Path(out or "") / "checkpoints" / "last.ckpt").is_file()
     earlier = None if resume is None or file or ahead else Run.open(resume)
     if earlier and out is not None and not either:
-        raise ValueError(f"out is {out} and resume {resume}; a run goes on in its own folder: leave out away")
+        raise ValueError(f"out is {out} and resume {resume}; a run continues in its own folder: omit out")
     config = _settings(config, data, earlier, again=either)
     path = earlier.path if earlier else Path(out) if out else _free_folder(config)
-    # A run that was killed before its first checkpoint holds nothing that is not made again.
+    # A run that was killed before its first checkpoint holds nothing that would be lost.
     if earlier is None and not (ahead and (path / "config.yaml").is_file()):
         Run.refuse_taken(path)
     state = checkpoint.load(earlier.last) if earlier else None
@@ -120,7 +123,7 @@ def pretrain(
 def _work(
     training: Training, run: Run, splits: Splits, state: dict[str, Any] | None, signals: StopSignal, show: Show
 ) -> None:
-    """From what is said first to the report; `state`: the checkpoint that is gone on from."""
+    """From the first log lines to the report; `state`: the checkpoint to continue from, if any."""
     leads = dist.rank() == 0
     if state is None:
         _introduce(training, run, splits)
@@ -129,8 +132,8 @@ def _work(
         saved = state.get("images", {"sha256": training.images})
         if saved["sha256"] != training.images:
             log.warning(
-                "these are not the %s images that the run was saved with, but %s, others or in another order: it goes "
-                "on with them, not to what it would have come to",
+                "the images differ from those of the saved run (%s then, %s now, or another order); training "
+                "continues, but the result will not match an uninterrupted run",
                 f"{saved['number']:,}",
                 f"{training.num_images:,}",
             )
@@ -222,7 +225,7 @@ def _row(training: Training, *, look: bool) -> dict[str, float]:
     if not math.isfinite(row["loss"]):
         raise RuntimeError(
             f"the loss is {row['loss']} at step {training.done}; lower --optim.base_lr, or use --engine.precision "
-            "fp32; the last checkpoint is whole"
+            "fp32; the last checkpoint is intact"
         )
     row["lr"], row["key_momentum"] = training.used
     if config.model.queue_size:
@@ -237,7 +240,7 @@ def _row(training: Training, *, look: bool) -> dict[str, float]:
 
 
 def _introduce(training: Training, run: Run, splits: Splits) -> None:
-    """What is said and measured before the first step."""
+    """Log the briefing, and measure and draw what is known before the first step."""
     config, monitor = training.config, training.monitor
 
     def say() -> None:
@@ -314,11 +317,11 @@ def _gone_on_with(config: PretrainConfig, earlier: Run, *, left_open: bool) -> P
 
 
 def _here(config: PretrainConfig, earlier: Run, state: dict[str, Any]) -> PretrainConfig:
-    """Settings to go on with, on as many processes as there are now."""
+    """The settings to continue with, on the number of processes there are now."""
     if (config.data.cache is None) != (earlier.config.data.cache is None):
         raise ValueError(
-            f"{earlier.path} was begun {'with' if earlier.config.data.cache else 'without'} --data.cache, which changes"
-            " the pixels that crops are made of; only its folder may be another when a run goes on"
+            f"{earlier.path} was started {'with' if earlier.config.data.cache else 'without'} --data.cache, which "
+            "changes the pixels that crops are made from; on resume, only the cache's folder may change"
         )
     here, nodes = processes(config.engine)
     if state.get("processes", 1) != here * nodes and config.engine.threads == earlier.config.engine.threads:

@@ -1,4 +1,4 @@
-"""What the processes of a run settle among themselves: that their images are the same, and that one stops all."""
+"""Agreement among the processes of a run: all have the same images and checkpoint, and if one fails, all stop."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ log = logging.getLogger("moco")
 
 
 def load_alike(load: Callable[[], Splits], config: PretrainConfig) -> Splits:
-    """Images that are the same on all ranks; each loads its own.
+    """Load the images on every rank, and check that all ranks have the same.
 
     Args:
-        load: what loads them.
-        config: settings that have to be the same, too.
+        load: loads the images.
+        config: settings, which have to be the same, too.
 
     Raises:
-        ValueError: on all ranks alike: one could not load them, or has other images or settings.
+        ValueError: on all ranks: one of them could not load its images, or has different images or settings.
     """
     if dist.world_size() == 1:
         return load()
@@ -39,28 +39,28 @@ def load_alike(load: Callable[[], Splits], config: PretrainConfig) -> Splits:
         for number, text in enumerate(said):
             if text != said[0]:
                 raise ValueError(
-                    f"process {number} has other {what} than process 0 ({_shown(text)}, {_shown(said[0])}); "
+                    f"process {number} has different {what} from process 0 ({_shown(text)}, {_shown(said[0])}); "
                     f"give every process the same {what}"
                 )
     return splits
 
 
 def start_alike(done: int, *, anew: bool) -> None:
-    """That all ranks are where the others are; each has looked for a checkpoint and read it by itself.
+    """Check that all ranks start from the same step; each has looked for a checkpoint and read it by itself.
 
     Args:
-        done: steps that this rank's weights have made.
-        anew: they have been drawn, not read.
+        done: steps that this rank's weights have been trained for.
+        anew: the weights were drawn, not read from a checkpoint.
 
     Raises:
-        ValueError: on all ranks: they are not.
+        ValueError: on all ranks: they do not.
     """
-    said = dist.everyone("begins" if anew else f"goes on at step {done}")
+    said = dist.everyone("starts anew" if anew else f"resumes at step {done}")
     for number, text in enumerate(said):
         if text != said[0]:
             raise ValueError(
-                f"process {number} {text}, process 0 {said[0]}; --out and --resume have to name one folder that all "
-                "machines see alike: if it was written to a moment ago, start again"
+                f"process {number} {text}, process 0 {said[0]}; --out and --resume must name one folder that all "
+                "machines share: if it was written to a moment ago, start again"
             )
 
 
@@ -69,7 +69,7 @@ def _shown(text: str) -> str:
 
 
 def _of_settings(config: PretrainConfig) -> str:
-    """All but those that say where images lie and what a machine has."""
+    """A digest of the settings, without those that say where images are and what a machine has."""
     own = {"data": {"source", "cache", "workers", "memory"}, "engine": {"accelerator", "devices", "nodes", "threads"}}
     # Where the cache lies is each one's own; whether there is one decides which pixels crops are made of.
     said = f"{config.model_dump_json(exclude=own)} {config.data.cache is None}"
@@ -85,9 +85,9 @@ def _of_images(splits: Splits) -> str:
 def carried_on(
     batches: Iterator[tuple[Tensor, Tensor]], training: Training, signals: StopSignal
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches; where the images fail one rank of several, black ones until all have agreed to stop.
+    """Yield batches; if one rank of several cannot read its images, black ones until all have agreed to stop.
 
-    The others would wait for it: what it then makes of them is thrown away.
+    Otherwise the others would wait for it. The result of the black batches is discarded.
     """
     try:
         yield from batches
@@ -100,16 +100,16 @@ def carried_on(
 
 
 def share_bad(own: list[str], known: set[str], *, num_images: int, max_bad: float) -> None:
-    """At the end of an epoch: files that any rank could not read count together, and the first names the others'.
+    """Count the unreadable files of all ranks at the end of an epoch; the first rank logs those of the others.
 
     Args:
-        own: files that this rank has met so far.
-        known: those of all ranks in earlier epochs; added to.
-        num_images: of the set.
-        max_bad: largest fraction of them that may prove unreadable.
+        own: unreadable files that this rank has met so far.
+        known: those of all ranks in earlier epochs; updated in place.
+        num_images: images in the data set.
+        max_bad: largest fraction of them that may be unreadable.
 
     Raises:
-        ValueError: on all ranks: there are more.
+        ValueError: on all ranks: more are unreadable.
     """
     if dist.world_size() == 1:
         return
@@ -117,7 +117,7 @@ def share_bad(own: list[str], known: set[str], *, num_images: int, max_bad: floa
     new = sorted(bad - known - set(own))
     known |= bad
     if new and dist.rank() == 0:
-        log.warning("replaced by the next image on other processes: %d files, first %s", len(new), new[0])
+        log.warning("other processes replaced %d unreadable files by the next image, first %s", len(new), new[0])
     if len(bad) > max_bad * num_images:
         raise ValueError(
             f"{len(bad)} of {num_images} files could not be read so far, expected at most {max_bad:.2%}; remove them "

@@ -1,4 +1,4 @@
-"""One run in memory: model, optimizer, views and data; its step, and the state that a checkpoint holds."""
+"""A run in memory: model, optimizer, views and data; the training step, and the state that a checkpoint holds."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from moco.views import TwoViews, view_specs
 
 @dataclass
 class Training:
-    """Everything that a step needs, and how far it has come."""
+    """Everything a training step needs, and how far training has come."""
 
     config: PretrainConfig
     fabric: Fabric
@@ -54,19 +54,19 @@ class Training:
 
     @property
     def lr(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         config, per_epoch = self.config, self.loader.steps_per_epoch
         epochs, batch = config.epochs, config.batch_size
         return learning_rate(config.optim, self.done, steps_per_epoch=per_epoch, epochs=epochs, batch_size=batch)
 
     @property
     def key_momentum(self) -> float:
-        """Of the next update. It comes before the next step's keys in the published order, so it takes that step's."""
+        """Momentum of the next update. In the published order that update opens the next step, so it uses its value."""
         model, planned = self.config.model, self.config.epochs * self.loader.steps_per_epoch
         return key_momentum(model.momentum, model.momentum_schedule, self.done + 1, total_steps=planned)
 
     def step(self, images: Tensor, ids: Tensor, epoch: int) -> None:
-        """Two views, loss, gradient, optimizer; then the key encoder follows and the keys enter the queue."""
+        """Views, loss, gradients and optimizer step; then the key encoder is updated and the keys enter the queue."""
         config, fabric, device = self.config, self.fabric, self.fabric.device
         lr, momentum = self.used = self.lr, self.key_momentum
         set_lr(self.optimizer, lr)
@@ -77,7 +77,7 @@ class Training:
         layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
         own = ids.to(device, non_blocking=True) if self.mask_own else None
-        # A function of the step alone: nothing random has to be carried over a resume.
+        # A function of the step alone, so that resuming needs no saved random state.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.done)
         parts, outs = config.optim.accumulate, []
         for part in range(parts):
@@ -97,7 +97,7 @@ class Training:
         self.done += 1
 
     def spare(self) -> tuple[Tensor, Tensor]:
-        """Black images, for a rank that has none left and goes on until all have agreed to stop."""
+        """A batch of black images, for a rank that has run out and must continue until all have agreed to stop."""
         config, number = self.config, self.config.batch_size // dist.world_size()
         shape = (number, *([] if self.in_memory else [2]), config.data.channels, config.views.size, config.views.size)
         device = self.fabric.device if self.in_memory else None
@@ -135,12 +135,12 @@ class Training:
         randomness.restore(state["random"])
 
     def adopt(self, source: Foreign, path: Path) -> None:
-        """Goes on from a training checkpoint of the official code, at the start of its next epoch.
+        """Continue from a training checkpoint of the official code, at the start of its next epoch.
 
-        There the key encoder moves before a step, here after one: it makes that one update now.
+        The official code updates the key encoder before a step, this one after it: the missing update is made here.
 
         Raises:
-            ValueError: one line: what the file lacks, or where it differs from the settings.
+            ValueError: what the file lacks, or how it differs from the settings.
         """
         lacks = [
             what
@@ -154,13 +154,13 @@ class Training:
         ]
         if lacks:
             raise ValueError(
-                f"{path} holds no {' and no '.join(lacks)}: as released files do not, it cannot be gone on from; start "
-                f"from its weights with --init_from {path}"
+                f"{path} holds no {' and no '.join(lacks)}, so training cannot be resumed from it (released files "
+                f"never hold these); start from its weights with --init_from {path}"
             )
         config, epoch = self.config, source.epoch or 0
         done = epoch * self.loader.steps_per_epoch
         if done >= self.total:
-            raise ValueError(f"{path} has made {epoch} epochs, which is all of --epochs {config.epochs}; raise it")
+            raise ValueError(f"{path} is already at epoch {epoch} of {config.epochs}; raise --epochs or --steps")
         ours = self.core.state_dict()
         optional = {n: each for n, each in ours.items() if n.endswith((".num_batches_tracked", "queue.ids"))}
         checkpoint.load_weights(self.core, optional | source.tensors, path)
@@ -171,10 +171,10 @@ class Training:
         none = torch.empty(0, config.model.dim, device=self.fabric.device)
         self.core.update(none, momentum=momentum)
         held = source.summary(QUERY_HEAD, "key_encoder.", "predictor.", "queue.")
-        self.origin = f"goes on at step {done} from {path}: {held}"
+        self.origin = f"continues at step {done} from {path}: {held}"
 
     def _adopted_state(self, source: Foreign, path: Path) -> dict[int, dict[str, Any]]:
-        """An optimizer's state by the number of the parameter, of those that are trained here."""
+        """The optimizer's state of the parameters trained here, by their number."""
         name, states = self.config.optim.name, source.optimizer or {}
         kept = ("momentum_buffer",) if name in ("sgd", "lars") else ("step", "exp_avg", "exp_avg_sq")
         result: dict[int, dict[str, Any]] = {}
@@ -199,8 +199,8 @@ class Training:
         self.meter.level()
         if not self.meter.finite():
             raise RuntimeError(
-                f"the loss is not a number before step {self.done}; lower --optim.base_lr, or use --engine.precision "
-                "fp32; nothing was saved over the last checkpoint"
+                f"the loss became NaN or infinite by step {self.done}; lower --optim.base_lr, or use "
+                "--engine.precision fp32; the last checkpoint was kept"
             )
 
         def write() -> None:
@@ -212,28 +212,28 @@ class Training:
 
 
 def whole(parts: list[Tensor], num_views: int) -> Shaped[Tensor, "m ..."]:
-    """Keys or ids of the parts of a batch, part j of p having had images j, j + p, ..., in the order of the whole.
+    """Put the keys or ids of the p parts of a batch, of which part j holds images j, j + p, ..., into batch order.
 
     Args:
-        parts: of all ranks each, one view after the other.
-        num_views: views that keys were made of.
+        parts: for each part, those of all ranks, one view after the other.
+        num_views: number of views that keys were made from.
     """
     shape = (num_views, -1, dist.world_size())
     return torch.stack([part.unflatten(0, shape) for part in parts], dim=2).flatten(0, 3)
 
 
 def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bool = True, groups: int = 0) -> Training:
-    """Everything a step needs, from the settings and the images; draws the initial weights.
+    """Build everything a step needs from the settings and the images; draws the initial weights.
 
     Args:
-        config: all of the run.
+        config: settings of the run.
         splits: its images.
         fabric: launched.
-        fresh: false: weights will be restored, so those that the settings start from are not looked for.
-        groups: of batch norm that the run was begun with, kept where the number of processes lets it.
+        fresh: false if weights will be restored, so that those the settings start from are not needed.
+        groups: batch-norm groups that the run was started with; kept if the number of processes allows it.
 
     Raises:
-        ValueError: images or batch that the processes cannot share.
+        ValueError: the images or the batch cannot be divided among the processes.
     """
     train, world = splits.train, dist.world_size()
     if len(train) < world:
@@ -247,8 +247,8 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
     settings, across, groups = regrouped(config.model, groups)
     if part == 1 and choose_batchnorm(settings) == "shuffle":
         raise ValueError(
-            f"batch_size {config.batch_size} is one image for each of {world} processes, of which there are no "
-            "batch-norm statistics; raise --batch_size, or start fewer processes"
+            f"batch_size {config.batch_size} gives each of {world} processes one image, but batch norm needs at least "
+            "2; raise --batch_size, or start fewer processes"
         )
     workers = config.data.workers
     if workers is None:

@@ -48,7 +48,7 @@ def pretrain(
     """
     given = flags or {}
     if resume and resume.is_file() and recipe is None:
-        raise ValueError(f"{resume} does not hold the settings it was trained with; name the recipe too")
+        raise ValueError(f"{resume} does not hold the settings it was trained with; give a recipe, too")
     continued = resume is not None and not resume.is_file() and resume != out
     config = _resumed(resume, recipe, out, given) if resume and continued else _chosen(recipe, given)
     if print_config:
