@@ -73,7 +73,7 @@ def test_a_checkpoint_that_would_run_a_command_is_refused(run: Run, capsys: pyte
         lambda: run.last.write_bytes(pickle.dumps(Hostile(f"touch {trace}"))),
     ):
         save()
-        assert f"{run.last} is damaged or no checkpoint of moco" in refusal(run, capsys)
+        assert f"{run.last} is damaged, or not a moco checkpoint" in refusal(run, capsys)
         assert not trace.exists()
 
 
@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_refused(run: Run, capsys: pytest.CaptureFixture
     damaged += [chance.randbytes(chance.randrange(1, 300)) for _ in range(200)]
     for content in damaged:
         run.last.write_bytes(content)
-        with pytest.raises(ValueError, match="is damaged or no checkpoint of moco") as caught:
+        with pytest.raises(ValueError, match="is damaged, or not a moco checkpoint") as caught:
             checkpoint.load(run.last)
         assert "\n" not in str(caught.value)
     assert "is damaged" in refusal(run, capsys)
@@ -112,11 +112,11 @@ def test_a_pickle_gone_wrong_anywhere_is_no_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({"state_dict": {}, "epoch": 200}, "is no checkpoint of moco: expected one that `moco pretrain` wrote"),
-        ({"format": "1"}, "is no checkpoint of moco"),
-        ([1, 2], "is no checkpoint of moco"),
-        (torch.zeros(2), "is no checkpoint of moco"),
-        ({"format": checkpoint.FORMAT + 1}, f"this version reads up to {checkpoint.FORMAT}; update moco"),
+        ({"state_dict": {}, "epoch": 200}, "is not a moco checkpoint; give one that `moco pretrain` wrote"),
+        ({"format": "1"}, "is not a moco checkpoint"),
+        ([1, 2], "is not a moco checkpoint"),
+        (torch.zeros(2), "is not a moco checkpoint"),
+        ({"format": checkpoint.FORMAT + 1}, f"this version reads formats up to {checkpoint.FORMAT}; update moco"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_refused(
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(run: Run, capsys: pytes
     state = {"step": 1, "model": model.state_dict(), "optimizer": {}, "meter": {}, "clock": {}, "best": 0.0}
     checkpoint.save(run.last, state | {"random": {}, "config": {}})
     line = refusal(run, capsys)
-    assert f"{run.last} is of another architecture: it lacks " in line
+    assert f"{run.last} has another architecture: it lacks " in line
     assert line.endswith("; use the settings it was trained with")
 
 
@@ -151,7 +151,7 @@ def test_weights_that_do_not_fit_are_named(change, words: str) -> None:
     change(weights)
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(ValueError, match=f"^x.ckpt is of another architecture: {words}"):
+    with pytest.raises(ValueError, match=f"^x.ckpt has another architecture: {words}"):
         checkpoint.load_weights(module, weights, Path("x.ckpt"))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
@@ -238,18 +238,21 @@ def test_a_config_with_nonsense_in_it_is_refused(
 ) -> None:
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(about | changed))
-    assert "config.json does not describe an encoder of moco" in answer(folder, capsys)
+    assert "config.json does not describe a moco encoder" in answer(folder, capsys)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"{}", b"[" * 100_000])
 def test_a_config_that_is_none_is_refused(content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "config.json").write_bytes(content)
-    assert "config.json does not describe an encoder of moco" in answer(folder, capsys)
+    assert "config.json does not describe a moco encoder" in answer(folder, capsys)
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
-    [({"stem": "smal"}, "unknown stem 'smal'"), ({"num_heads": 12}, "says 12 heads, resnet-tiny has None")],
+    [
+        ({"stem": "smal"}, "unknown stem 'smal'"),
+        ({"num_heads": 12}, "says 12 attention heads, but resnet-tiny has None"),
+    ],
 )
 def test_a_config_of_another_network_is_refused(
     changed: dict[str, Any], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -264,15 +267,15 @@ def test_damaged_weights_are_refused(folder: Path, capsys: pytest.CaptureFixture
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:4], b"", pickle.dumps(Hostile("exit 1")), bytes(100)):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        with pytest.raises(ValueError, match="is damaged, or not a safetensors file"):
             moco.load_encoder(folder)
-    assert "encoder.safetensors is damaged or no safetensors file" in answer(folder, capsys)
+    assert "encoder.safetensors is damaged, or not a safetensors file" in answer(folder, capsys)
 
 
 def test_weights_of_another_network_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(about | {"backbone": "resnet-mini"}))
-    assert "encoder.safetensors is of another architecture" in answer(folder, capsys)
+    assert "encoder.safetensors has another architecture" in answer(folder, capsys)
 
 
 @pytest.mark.parametrize("name", ["config.json", "encoder.safetensors"])
@@ -439,7 +442,7 @@ def test_a_run_does_not_start_from_another_network(tmp_path: Path) -> None:
     backbone = build_backbone("resnet18", stem="small")
     torch.save(backbone.state_dict(), tmp_path / "theirs.pth")
     for model, words in (
-        ({"backbone": "resnet34", "stem": "small"}, "is no resnet34: it lacks .*; it looks like resnet18$"),
+        ({"backbone": "resnet34", "stem": "small"}, "is not a resnet34: it lacks .*; it looks like resnet18$"),
         (
             {"backbone": "resnet18", "stem": "imagenet"},
             "small stem for 3 channels; the settings .*: give --model.stem small, or",

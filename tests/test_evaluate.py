@@ -76,12 +76,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> moco.Run:
 @pytest.mark.parametrize(
     ("protocol", "settings", "message"),
     [
-        ("knn", {"epochs": 5}, "--epochs is nothing that --protocol knn looks at; it takes --features, --k, "
+        ("knn", {"epochs": 5}, "--protocol knn does not use --epochs; it takes --features, --k, "
          "--temperature, --labels, --seed, --accelerator and --precision"),
-        ("linear", {"form": "official", "features": "projection"}, "--features is nothing that --protocol linear"),
-        ("linear", {"k": 3}, "--k is nothing that --protocol linear looks at; it takes --form, --labels, --epochs"),
-        ("finetune", {"temperature": 0.1}, "--temperature is nothing that --protocol finetune looks at"),
-        ("health", {"labels": 0.1}, "--labels is nothing that --protocol health looks at; it takes --seed, "
+        ("linear", {"form": "official", "features": "projection"}, "--protocol linear does not use --features"),
+        ("linear", {"k": 3}, "--protocol linear does not use --k; it takes --form, --labels, --epochs"),
+        ("finetune", {"temperature": 0.1}, "--protocol finetune does not use --temperature"),
+        ("health", {"labels": 0.1}, "--protocol health does not use --labels; it takes --seed, "
          "--accelerator and --precision"),
     ],
 )  # fmt: skip
@@ -185,9 +185,7 @@ def test_a_protocol_of_ones_own_is_named_by_its_place(run: moco.Run, own: Callab
     assert (run.path / "evaluations" / "a_stranger.measure-k7.json").is_file()
     own("whole", Protocol(lambda task: Outcome({"answer": 1.0}), frozenset({"labels"})))
     assert evaluate(run.path, "a_stranger:whole").figures == {"answer": 1.0}
-    with pytest.raises(
-        ValueError, match="^--k is nothing that --protocol a_stranger:whole looks at; it takes --labels"
-    ):
+    with pytest.raises(ValueError, match="^--protocol a_stranger:whole does not use --k; it takes --labels"):
         evaluate(run.path, "a_stranger:whole", settings={"k": 7})
 
 

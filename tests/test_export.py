@@ -378,7 +378,7 @@ def test_safetensors_holds_every_encoder_and_its_card_loads_it_without_this_pack
 def test_a_backbone_of_ones_own_cannot_be_built_anew_by_anybody(tmp_path: Path) -> None:
     encoder = build_encoder("resnet18")
     encoder.name = "mine"
-    with pytest.raises(ValueError, match="'mine' is of neither"):
+    with pytest.raises(ValueError, match="'mine' is in neither"):
         export(encoder, tmp_path / "out", format="safetensors")
 
 
@@ -527,7 +527,7 @@ def test_official_holds_the_backbone_only_where_the_rest_does_not_belong_to_it(c
     out = export(run.path, tmp_path / "out", format="official")
     state = torch.load(out / "checkpoint.pth.tar", weights_only=True)["state_dict"]
     assert state and all(name.startswith("module.encoder_q.") and ".fc." not in name for name in state)
-    assert "backbone of the query encoder only, as" in (out / "README.md").read_text()
+    assert "only the backbone of the query encoder, because" in (out / "README.md").read_text()
 
 
 # The card of a run

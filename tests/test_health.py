@@ -214,5 +214,5 @@ def test_no_more_images_are_looked_at_than_are_needed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(health, "MAX_IMAGES", 10)
     outcome = health.evaluate(task(Splits(unlabelled(40), None), channels=3))
     assert "10 training images" in outcome.notes[0] and outcome.figures["effective_rank"] < 10.1
-    with pytest.raises(ValueError, match="^one image has none to differ from; .*--data$"):
+    with pytest.raises(ValueError, match="^there is only one training image; .*--data$"):
         health.evaluate(task(Splits(unlabelled(1), None), channels=3))

@@ -303,5 +303,5 @@ def test_features_that_are_no_numbers_are_found_in_whichever_block_they_are(kind
     vectors = np.zeros((2 * ROWS_AT_ONCE + 3, 2), dtype=np.float32)
     check_finite(kind(vectors), "training")
     vectors[-1, 1] = np.nan
-    with pytest.raises(ValueError, match="^some training features are not finite numbers; look for a collapsed"):
+    with pytest.raises(ValueError, match="^some training features are NaN or infinite; the encoder may be damaged"):
         check_finite(kind(vectors), "training")

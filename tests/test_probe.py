@@ -166,9 +166,9 @@ def test_embeddings_that_cannot_be_probed_are_refused_in_one_line():
     for train, test, message in [
         (embeddings(vectors, None), good, "the train images have no labels"),
         (good, embeddings(vectors, None), "the test images have no labels"),
-        (good, embeddings(vectors[:, :5], labels), "training features have 6 numbers, test features 5"),
-        (embeddings(vectors / 0, labels), good, "some training features are not finite"),
-        (good, embeddings(vectors / 0, labels), "some test features are not finite"),
+        (good, embeddings(vectors[:, :5], labels), "training features have 6 dimensions, test features 5"),
+        (embeddings(vectors / 0, labels), good, "some training features are NaN or infinite"),
+        (good, embeddings(vectors / 0, labels), "some test features are NaN or infinite"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             linear(train, test)

@@ -1,6 +1,6 @@
-"""Our checkpoints: tensors and plain values only, written atomically; and the way into everybody else's.
+"""Reading and writing our checkpoints, which hold only tensors and plain values, and reading those of other programs.
 
-No code is run from any file.
+No code from any file is run.
 """
 
 import json
@@ -29,24 +29,24 @@ from moco.vit import VITS
 log = logging.getLogger("moco")
 
 FORMAT = 1
-"""Of checkpoints; raised when an older version could not read a newer file rightly."""
+"""Version of the checkpoint format; raised when older versions could no longer read new files correctly."""
 
 
 OWN = "encoder of moco"
 TIMMS_SMALL = ("vit_small_", "deit_small_", "deit3_small_")
-"""Begin the names of networks that have 6 attention heads, unless a card says another number."""
+"""Prefixes of the names of networks with 6 attention heads, unless a card says another number."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint; until it is whole the one before stays in place."""
+    """Write a checkpoint; the previous one stays in place until the new one is complete."""
     write_atomically(path, lambda file: torch.save({"format": FORMAT} | state, file))
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint of ours onto the CPU.
+    """Read one of our checkpoints onto the CPU.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         ValueError: it is not one of ours, it is damaged, or a newer version wrote it.
     """
     if not path.is_file():
@@ -57,24 +57,24 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
-        raise ValueError(f"{path} is damaged or no checkpoint of moco ({first_line(error)})") from None
+    except Exception as error:  # on bytes that are not a checkpoint, the unpickler may raise anything
+        raise ValueError(f"{path} is damaged, or not a moco checkpoint ({first_line(error)})") from None
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
-        raise ValueError(f"{path} is no checkpoint of moco: expected one that `moco pretrain` wrote")
+        raise ValueError(f"{path} is not a moco checkpoint; give one that `moco pretrain` wrote")
     _refuse_newer(state["format"], path)
     return state
 
 
 def _refuse_newer(number: int, path: Path) -> None:
     if number > FORMAT:
-        raise ValueError(f"{path} is of format {number}, this version reads up to {FORMAT}; update moco")
+        raise ValueError(f"{path} has format {number}, but this version reads formats up to {FORMAT}; update moco")
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Loads weights that must fit name by name and shape by shape.
+    """Load weights whose names and shapes must all match.
 
     Raises:
-        ValueError: one line that says how many names do not fit, and the first of them.
+        ValueError: one line that says how many do not match, and names the first.
     """
     ours = module.state_dict()
     missing, foreign = [n for n in ours if n not in weights], [n for n in weights if n not in ours]
@@ -85,14 +85,14 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path
                 f" ({tuple(weights[names[0]].shape)}, expected {tuple(ours[names[0]].shape)})" if names is other else ""
             )
             raise ValueError(
-                f"{path} is of another architecture: it {what} {len(names)} of {len(ours)} tensors, first "
+                f"{path} has another architecture: it {what} {len(names)} of {len(ours)} tensors, first "
                 f"{names[0]!r}{shapes}; use the settings it was trained with"
             )
     module.load_state_dict(weights)
 
 
 class _Described(BaseModel):
-    """What `ImageEncoder.describe` says, as it has to be in a file that anybody may have written."""
+    """The output of `ImageEncoder.describe`, validated, as the file may come from anyone."""
 
     format: int
     backbone: str
@@ -106,12 +106,12 @@ class _Described(BaseModel):
     @model_validator(mode="after")
     def _one_per_channel(self) -> "_Described":
         if len(self.mean) != len(self.std) or len(self.mean) not in (self.channels, 3):
-            raise ValueError(f"mean and std have {len(self.mean)} and {len(self.std)} values, one per channel expected")
+            raise ValueError(f"mean and std have {len(self.mean)} and {len(self.std)} values; expected one per channel")
         return self
 
 
 def save_encoder(folder: Path, encoder: ImageEncoder) -> None:
-    """The backbone as encoder.safetensors, with config.json beside it that says how to build and feed it."""
+    """Write the backbone to encoder.safetensors, and to config.json how to build it and prepare its images."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.backbone.state_dict().items()}
     write_atomically(folder / "encoder.safetensors", lambda file: file.write(save_tensors(weights)))
     text = json.dumps({"format": FORMAT} | encoder.describe(), indent=2) + "\n"
@@ -119,17 +119,20 @@ def save_encoder(folder: Path, encoder: ImageEncoder) -> None:
 
 
 def load_encoder(path: str | Path, *, backbone: str | None = None) -> ImageEncoder:
-    """An encoder out of a run or of anybody's checkpoint: an eval-mode module, normalised images -> features.
+    """Load an encoder from a run or from a checkpoint of any supported program.
 
     Args:
         path: the folder of a run, or any that holds `encoder.safetensors` or timm's `model.safetensors` and
             `config.json`; or a file: a checkpoint of this program, of the official code (v1, v2, v3, notebook), of
-            leftthomas, lightly, solo-learn or LightlyTrain, or a state dict by timm's or torchvision's names.
+            leftthomas, lightly, solo-learn or LightlyTrain, or a state dict with timm's or torchvision's names.
         backbone: name of the network in a file; not given: found by the names and shapes of its tensors.
+
+    Returns:
+        The encoder, in eval mode and frozen: normalised images -> features.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no encoder in it yet.
-        ValueError: the file is damaged, holds no network that is known, or not all of it.
+        ValueError: the file is damaged, or holds no known network or only part of one.
 
     Example:
         >>> encoder = moco.load_encoder("runs/first")                                        # doctest: +SKIP
@@ -152,7 +155,7 @@ def load_encoder(path: str | Path, *, backbone: str | None = None) -> ImageEncod
 
 
 def read_any(path: Path, *, backbone: str | None = None) -> Foreign:
-    """Whatever `load_encoder` accepts, with all that is in it besides the encoder; errors as there."""
+    """Read whatever `load_encoder` accepts, with all it holds besides the encoder; raises the same errors."""
     if path.is_dir():
         file = path / "encoder.safetensors"
         theirs = path / "model.safetensors"
@@ -161,18 +164,18 @@ def read_any(path: Path, *, backbone: str | None = None) -> Foreign:
         for needed in (path / "config.json", file):
             if not needed.is_file():
                 raise FileNotFoundError(
-                    f"{path} has no {needed.name}; expected a run that has finished or made a checkpoint"
+                    f"{path} has no {needed.name}; expected a run that has finished or saved a checkpoint"
                 )
         return _described(file, backbone)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected the folder of a run, or the file of a checkpoint")
+        raise FileNotFoundError(f"{path} does not exist; expected the folder of a run, or a checkpoint file")
     if path.suffix == ".safetensors" and _card(path).keys() >= {"format", "backbone", "stem"}:
         return _described(path, backbone)
     return _recognised(path, backbone)
 
 
 def _recognised(path: Path, backbone: str | None) -> Foreign:
-    """A file, with what a config.json of timm's beside it tells; nothing is built by a name in that."""
+    """Read a file and timm's config.json beside it, if any; nothing is built from a name in the latter."""
     card = _card(path) if path.suffix == ".safetensors" or path.name == "pytorch_model.bin" else {}
     arguments = card.get("model_args")
     heads = arguments.get("num_heads") if isinstance(arguments, dict) else None
@@ -189,24 +192,27 @@ def _recognised(path: Path, backbone: str | None) -> Foreign:
 
 
 def _described(weights: Path, backbone: str | None) -> Foreign:
-    """Weights of ours, with the config.json beside them that `save_encoder` wrote."""
+    """Read weights and the config.json beside them, both written by `save_encoder`."""
     described = weights.with_name("config.json")
     try:
         about = _Described.model_validate_json(described.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         what = ": ".join([*map(str, first["loc"]), first["msg"]])
-        raise ValueError(f"{described} does not describe an encoder of moco ({what})") from None
+        raise ValueError(f"{described} does not describe a moco encoder ({what}); export or train it again") from None
     _refuse_newer(about.format, described)
     if backbone not in (None, about.backbone):
-        raise ValueError(f"{weights} is a {about.backbone}, not a {backbone}; leave out --backbone, or name that")
+        raise ValueError(f"{weights} is a {about.backbone}, not a {backbone}; correct --backbone, or leave it out")
     network = build_backbone(about.backbone, stem=about.stem, channels=about.channels)
     if about.num_heads not in (None, num_heads(network)):
-        raise ValueError(f"{described} says {about.num_heads} heads, {about.backbone} has {num_heads(network)}")
+        raise ValueError(
+            f"{described} says {about.num_heads} attention heads, but {about.backbone} has {num_heads(network)}; give "
+            "the config.json that was written with these weights"
+        )
     try:
         tensors = load_tensors(weights.read_bytes())
     except Exception as error:  # safetensors has its own exception type per version
-        raise ValueError(f"{weights} is damaged or no safetensors file ({first_line(error)})") from None
+        raise ValueError(f"{weights} is damaged, or not a safetensors file ({first_line(error)})") from None
     load_weights(network, tensors, weights)
     return Foreign(
         system=OWN,
@@ -223,7 +229,7 @@ def _described(weights: Path, backbone: str | None) -> Foreign:
 
 
 def _card(weights: Path) -> dict[str, Any]:
-    """The config.json beside a file of weights, if it is one."""
+    """The config.json beside a file of weights; empty if there is none that can be read."""
     try:
         card = json.loads(weights.with_name("config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -232,7 +238,7 @@ def _card(weights: Path) -> dict[str, Any]:
 
 
 class _TimmCard(BaseModel):
-    """What timm's config.json says of a network's images, as it has to be in a file that anybody may have written."""
+    """The images a network expects, from timm's config.json, validated, as the file may come from anyone."""
 
     input_size: tuple[int, Annotated[int, Field(ge=1, le=16384)], int]
     mean: tuple[float, ...]
@@ -240,21 +246,21 @@ class _TimmCard(BaseModel):
 
 
 def initialise(model: MoCo, config: PretrainConfig) -> str:
-    """Starts both encoders from the checkpoint that `config.init_from` names, and the heads if they are the same.
+    """Initialise both encoders from the checkpoint `config.init_from`, and the heads if their shapes match.
 
     Returns:
-        What was taken, in a line.
+        One line that says what was taken.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged, or of another network than the settings ask for.
+        ValueError: it is damaged, or its network is not the one in the settings.
     """
     path, settings = Path(config.init_from or ""), config.model
     source = read_any(path, backbone=settings.backbone if path.is_file() else None)
-    if source.heads_assumed:  # a recipe's network is no evidence of what somebody else has trained
+    if source.heads_assumed:  # a recipe's network is no evidence of what someone else has trained
         raise ValueError(
-            f"{path} is a ViT-S with learned positions, whose number of attention heads no tensor shows; whether it is "
-            f'that of {settings.backbone} is not known: save it with "num_heads" beside its state_dict'
+            f"{path} is a ViT-S with learned positions; its tensors do not show whether it has as many attention heads "
+            f'as {settings.backbone}: save it with "num_heads" beside its state_dict'
         )
     theirs = (source.backbone, source.stem, source.channels)
     wanted = (settings.backbone, settings.stem, config.data.channels)
@@ -280,7 +286,7 @@ def initialise(model: MoCo, config: PretrainConfig) -> str:
 
 
 def _alias(name: str, stem: str, channels: int) -> tuple[Any, str, int]:
-    """Networks of ours go by two names, and have a stem of their own whatever the settings say."""
+    """A key that is equal for equal networks: ours have two names, and a stem that no setting changes."""
     own = VITS.get(name) or BACKBONES.get(name)
     return own or name, "" if own else stem, channels
 
@@ -290,7 +296,7 @@ def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 
 
 def load_model(run: Run) -> MoCo:
-    """All of a run's model as its last checkpoint has it: both encoders, queue, predictor.
+    """Load the whole model from a run's last checkpoint: both encoders, queue, predictor.
 
     Raises:
         ValueError: the run's settings name code, or do not fit its checkpoint.
@@ -304,7 +310,7 @@ def load_model(run: Run) -> MoCo:
 
 
 def load_projector(run: Run) -> nn.Module:
-    """The head of a run's query encoder, features -> projections; errors as `load_model`."""
+    """Load the head of a run's query encoder, features -> projections; raises the same errors as `load_model`."""
     encoder = load_model(run).query_encoder
     assert isinstance(encoder, Encoder)
     return encoder.projector

@@ -1,4 +1,4 @@
-"""How good is an encoder? One protocol a file, one contract (`moco.evaluate.contract`) for all."""
+"""Evaluating an encoder: one protocol per file, and one contract (`moco.evaluate.contract`) for all."""
 
 import difflib
 import pkgutil
@@ -41,24 +41,28 @@ def evaluate(
     settings: EvaluateConfig | Mapping[str, Any] | None = None,
     on_progress: Report | None = None,
 ) -> Evaluation:
-    """Measures an encoder by a published protocol.
+    """Evaluate an encoder with a published protocol.
 
-    In each of several processes that `torchrun` starts it takes a share of the features, and of kNN's queries; all
-    return what one process would find, and the first writes it.
+    Processes started by `torchrun` share the work on features, and on kNN's queries; all return what a single process
+    would find, and the first writes it.
 
     Args:
         source: folder of a run, or any checkpoint that `load_encoder` takes.
-        protocol: a name in `EVALUATIONS`, or `package.module:function` of your own, task -> outcome.
+        protocol: a name in `EVALUATIONS`, or `package.module:function`, a function of your own: task -> outcome.
         data: labelled images with a training and a test part; not given: those of the run. Without a test part, every
-            tenth training image is asked about and the others answer.
-        backbone: the network, where a foreign checkpoint does not say which it is.
+            tenth training image is used as a test image and the others for training.
+        backbone: name of the network, if it cannot be told from the checkpoint.
         out: folder for the results; not given: `evaluations/` of the run, or none for other checkpoints.
-        settings: fields of `EvaluateConfig`; what is not given is the protocol's.
-        on_progress: called with what is being done, how much of it is done and how much there is.
+        settings: fields of `EvaluateConfig`; those not given are the protocol's.
+        on_progress: called with what is being done, how much is done and how much there is.
+
+    Returns:
+        The results, also written to the folder if there is one.
 
     Raises:
-        ValueError: unknown protocol or setting, one that the protocol does not look at, a checkpoint without images,
-            images without labels, or several processes for a protocol that they cannot share.
+        ValueError: the protocol or a setting is unknown, or the protocol does not use the setting; a checkpoint was
+            given without images, or images without labels; or several processes cannot share the protocol.
+        RuntimeError: the loss of a classifier or network became NaN or infinite.
 
     Example:
         >>> found = moco.evaluate("runs/first", "linear", settings={"form": "official"})     # doctest: +SKIP
@@ -74,8 +78,8 @@ def evaluate(
     number = (start.per_node or 1) * (start.nodes or 1)
     if number > 1 and (start.by != "torchrun" or not way.in_shares(given)):
         raise ValueError(
-            f"{number} processes cannot share --protocol {protocol}{f' --form {given.form}' if given.form else ''}: "
-            "knn and the fast form of linear are shared, by torchrun; start this once"
+            f"{number} processes cannot share --protocol {protocol}{f' --form {given.form}' if given.form else ''}; "
+            "start one process (only knn and the fast form of linear are shared, under torchrun)"
         )
     device = own_device(chosen.accelerator)
     encoder = load_encoder(source, backbone=backbone).to(device)
@@ -102,10 +106,10 @@ def evaluate(
 
 
 def protocol_named(name: str) -> Protocol:
-    """Of `EVALUATIONS`, or a function of yours, `package.module:function`, or a `Protocol` that stands there.
+    """Look up a protocol in `EVALUATIONS`, or import a function or `Protocol` from `package.module:name`.
 
     Raises:
-        ValueError: an unknown name, or nothing there that can be called.
+        ValueError: the name is unknown, or what it refers to cannot be imported or called.
     """
     if name in EVALUATIONS:
         return EVALUATIONS[name]
@@ -119,7 +123,7 @@ def protocol_named(name: str) -> Protocol:
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"protocol {name!r} cannot be imported ({error}); expected package.module:function, on the Python path"
+            f"protocol {name!r} cannot be imported ({error}); expected package.module:function on the Python path"
         ) from error
     if isinstance(found, Protocol):
         return found
@@ -129,12 +133,12 @@ def protocol_named(name: str) -> Protocol:
 
 
 def _resolved(settings: EvaluateConfig, way: Protocol, run: Run | None) -> EvaluateConfig:
-    """With the choices made that are the run's, the machine's or those of a published form."""
+    """Fill in settings from the run, the machine or a published form."""
     accelerator = choose_accelerator(settings.accelerator)
     chosen: dict[str, Any] = {"accelerator": accelerator}
     if settings.precision == "auto" and settings.form in way.fp32:
         chosen["precision"] = "fp32"
-    elif settings.precision == "auto":  # a run's accuracies were taken in its own precision, where it ran
+    elif settings.precision == "auto":  # a run's accuracies were measured in its own precision, on its accelerator
         same = run is not None and run.config.engine.accelerator == accelerator
         own = run.config.engine.precision if run and same else "auto"
         chosen["precision"] = choose_precision(accelerator) if own == "auto" else own
@@ -148,7 +152,7 @@ def _images(run: Run | None, data: str | None, channels: int, source: str | Path
     if data is not None:
         return DataConfig(source=data, channels=channels)
     if run is None:
-        raise ValueError(f"{source} is a checkpoint without images; say with --data what to measure it on")
+        raise ValueError(f"{source} is a checkpoint without images; give the images to evaluate it on with --data")
     return run.config.data
 
 

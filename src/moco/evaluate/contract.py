@@ -1,4 +1,4 @@
-"""What every protocol is given and what it gives back."""
+"""What every protocol receives and returns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from moco.encoder import ImageEncoder
 from moco.views import ViewSpec
 
 Report = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with what is being done, how much is done and how much there is."""
 COMMON = frozenset({"seed", "accelerator", "precision"})
 """Settings that every protocol takes."""
 ROWS_AT_ONCE = 8192
-"""Rows of features that are looked at together, so that features in a file are never in memory as a whole."""
+"""Rows of features processed together, so that features in a file are never in memory all at once."""
 
 
 class HeldOut(NamedTuple):
-    """Labelled images that answer or are learned from, and labelled images that are asked about."""
+    """Labelled images to train on (or that vote), and labelled images to test on."""
 
     train: Images
     test: Images
@@ -38,18 +38,17 @@ class HeldOut(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One measurement to be made.
+    """An evaluation to run.
 
     Attributes:
-        encoder: on the device that is to do the work, in eval mode, nothing of it trainable. A protocol that trains it
-            trains a copy.
-        projector: features -> projections, on the same device; None where the source has none.
-        splits: all images, as they were loaded; labels may be absent.
-        settings: with every choice that does not depend on the protocol made (accelerator, precision).
-        report: where a protocol says how far it is.
-        views: those that the encoder was trained on, where they are known.
-        data: how the images are read; of it count the memory that decoded ones may take, the reading processes and how
-            many files may be unreadable.
+        encoder: on the device to use, in eval mode and frozen. A protocol that trains it trains a copy.
+        projector: features -> projections, on the same device; None if the source has none.
+        splits: all images, as loaded; labels may be absent.
+        settings: with every choice made that does not depend on the protocol (accelerator, precision).
+        report: called by a protocol to report its progress.
+        views: the views that the encoder was trained on, if known.
+        data: how the images are read: memory for decoded images, reading processes, and how many files may be
+            unreadable.
     """
 
     encoder: ImageEncoder
@@ -65,7 +64,7 @@ class Task(NamedTuple):
         return next(self.encoder.parameters()).device
 
     def labelled(self) -> HeldOut:
-        """The images by parts, with as many training labels as the settings allow.
+        """Training and test images, with the fraction of training labels that the settings ask for.
 
         Raises:
             ValueError: there are no labels, or too few images.
@@ -78,14 +77,14 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a protocol found.
+    """Results of a protocol.
 
     Attributes:
-        figures: by name; accuracies in percent.
-        scores: of each test image for each class, where there are such; the higher the likelier.
-        notes: in words, for people.
-        labels: of the images that the scores are of; None: those of all test images.
-        settings: as they were in force, those too that were not given; None: those of the task.
+        figures: figures by name; accuracies in percent.
+        scores: score of each test image for each class, if there are any; higher means more likely.
+        notes: remarks for the user.
+        labels: labels of the images in `scores`; None: those of all test images.
+        settings: all settings that were used, including defaults; None: those of the task.
     """
 
     figures: dict[str, float]
@@ -100,16 +99,16 @@ Measure = Callable[[Task], Outcome]
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way to measure an encoder.
+    """A way to evaluate an encoder.
 
     Attributes:
-        measure: does it.
-        takes: settings that it looks at besides those that all do; another one that is given is refused.
-        default_form: the form that is taken for an encoder where none is named; None: there are no forms.
-        fp32: forms that are in fp32 unless another precision is given, as what was published was.
-        wants_projector: whatever the settings say.
-        in_shares: whether several processes that measure by these settings share the work and find what one does;
-            not given: they never do.
+        measure: runs the protocol.
+        takes: settings that it uses in addition to those that all protocols use; any other setting is refused.
+        default_form: the form to use for an encoder if none is given; None if there are no forms.
+        fp32: forms that run in fp32 unless another precision is given, as in the publications.
+        wants_projector: whether it needs the projector whatever the settings.
+        in_shares: whether, with these settings, several processes can share the work and find the same as one; not
+            given: never.
     """
 
     measure: Measure
@@ -120,22 +119,22 @@ class Protocol:
     in_shares: Callable[[EvaluateConfig], bool] = lambda settings: False
 
     def refuse_others(self, name: str, settings: EvaluateConfig) -> None:
-        """Settings that would change nothing.
+        """Refuse settings that the protocol does not use.
 
         Raises:
-            ValueError: one was given; which, and what the protocol of this name takes.
+            ValueError: such a setting was given; the message names it, and those that the protocol takes.
         """
         for other in replaced(settings):
             if other not in self.takes | COMMON:
                 own = [f"--{each}" for each in EvaluateConfig.model_fields if each in self.takes]
                 raise ValueError(
-                    f"--{other} is nothing that --protocol {name} looks at; it takes {', '.join([*own, ''])}--seed, "
-                    "--accelerator and --precision"
+                    f"--protocol {name} does not use --{other}; it takes {', '.join([*own, ''])}--seed, --accelerator "
+                    "and --precision"
                 )
 
 
 def replaced(settings: EvaluateConfig) -> list[str]:
-    """Settings that were given and are not what they would be anyway, in the order of their section."""
+    """Settings that were given and differ from their default, in the order of their section."""
     return [
         name
         for name, field in EvaluateConfig.model_fields.items()
@@ -144,7 +143,7 @@ def replaced(settings: EvaluateConfig) -> list[str]:
 
 
 def labels_of(images: Images) -> Int64[Tensor, " n"]:
-    """The class numbers.
+    """The labels of images, as class numbers.
 
     Raises:
         ValueError: there are none.
@@ -158,11 +157,11 @@ def labels_of(images: Images) -> Int64[Tensor, " n"]:
 
 
 def held_out(splits: Splits, *, use_test: bool = True) -> HeldOut:
-    """Images that answer and images that are asked about.
+    """Divide labelled images into those to train on and those to test on.
 
     Args:
-        splits: of a data set.
-        use_test: ask about the test part where there is one; else about every tenth training image.
+        splits: the parts of a data set.
+        use_test: test on the test part if there is one; otherwise, on every tenth training image.
 
     Raises:
         ValueError: there are no labels, or too few images to hold any out.
@@ -172,21 +171,21 @@ def held_out(splits: Splits, *, use_test: bool = True) -> HeldOut:
     if use_test and test is not None and test.labels is not None:
         return HeldOut(train, test)
     if len(train) < 20:
-        raise ValueError(f"{len(train)} labelled images are too few to hold some out; expected at least 20")
+        raise ValueError(f"{len(train)} labelled images are too few to hold some out; give at least 20")
     asked = list(range(0, len(train), 10))
     answering = [index for index in range(len(train)) if index % 10]
     return HeldOut(train.select(answering), train.select(asked))
 
 
 def balanced(labels: Int64[Tensor, " n"], fraction: float, seed: int) -> Int64[Tensor, " s"]:
-    """A subset with the same number of images of each class, at least one; in the order of the images.
+    """Choose a subset with the same number of images, at least one, of each class; in the order of the images.
 
-    A larger fraction of the same seed contains every smaller one.
+    With the same seed, the subset for a larger fraction contains that for a smaller one.
 
     Args:
-        labels: of all images.
-        fraction: of all images to keep; a class that has fewer than its share is kept whole.
-        seed: which images.
+        labels: labels of all images.
+        fraction: fraction of all images to keep; a class with fewer than its share is kept whole.
+        seed: seed of the choice.
     """
     generator = torch.Generator().manual_seed(seed)
     members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
@@ -203,20 +202,20 @@ def accuracies(scores: Float[Tensor, "m classes"], labels: Int64[Tensor, " m"]) 
 
 
 def confusion(scores: Float[Tensor, "m classes"], labels: Int64[Tensor, " m"]) -> Int64[Tensor, "classes classes"]:
-    """How many test images of the class of the row were taken for the class of the column."""
+    """Confusion matrix: the number of test images of the row's class that were classified as the column's."""
     number = max(scores.shape[1], int(labels.max()) + 1)
     pairs = labels * number + scores.argmax(dim=1).cpu()
     return torch.bincount(pairs, minlength=number * number).view(number, number)
 
 
 def check_finite(vectors: Float[Tensor, "n f"] | np.ndarray, part: str) -> None:
-    """That features are numbers.
+    """Check that features are finite.
 
     Raises:
-        ValueError: some are infinite or not a number; which `part` they are of.
+        ValueError: some are infinite or NaN; the message names the `part` they belong to.
     """
     for start in range(0, len(vectors), ROWS_AT_ONCE):
         block = vectors[start : start + ROWS_AT_ONCE]
         finite = np.isfinite(block).all() if isinstance(block, np.ndarray) else block.isfinite().all()
         if not bool(finite):
-            raise ValueError(f"some {part} features are not finite numbers; look for a collapsed or damaged encoder")
+            raise ValueError(f"some {part} features are NaN or infinite; the encoder may be damaged: try another one")

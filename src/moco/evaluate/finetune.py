@@ -1,6 +1,6 @@
-"""The whole network learns from labels, from few or from all: what pre-training is worth to someone who has them.
+"""Fine-tuning the whole network on some or all labels: what pre-training is worth to someone who has them.
 
-Nothing is chosen by the test images: settings are fixed beforehand, and the last epoch is what is reported.
+Nothing is selected on the test images: settings are fixed beforehand, and results are those of the last epoch.
 """
 
 import copy
@@ -27,26 +27,26 @@ from moco.optim import FUSED_DEVICES, learning_rate, resolved_lr
 from moco.views import OneView, ViewSpec
 
 CROPS = ViewSpec(jitter_p=0.0, grey_p=0.0)
-"""Crops and flips, the only augmentation; of a run's encoder, as far as the run's own views go."""
+"""Crops and flips, the only augmentation; for a run's encoder, no stronger than in the run's own views."""
 ASK_EVERY = 10
-"""Steps after which the device is asked whether the loss is still a number."""
+"""Steps between checks that the loss is finite, each of which waits for the device."""
 
 
 @dataclass(frozen=True)
 class FinetuneForm:
-    """Settings of a kind of network; the rate falls to 0 along a cosine.
+    """Settings for a kind of network; the learning rate follows a cosine down to 0.
 
     Attributes:
-        optimizer: SGD has Nesterov's momentum of 0.9.
-        lr: of the backbone, per 256 images.
-        classifier: the linear classifier's rate over the backbone's.
-        weight_decay: on weights; biases and norms are spared.
-        layer_decay: each layer learns at so many times the rate of the one above it.
-        batch_size: images per step; fewer if there are fewer.
-        epochs: passes over the labelled images; more where they are so few that it would be under `min_steps`.
-        min_steps: see `epochs`.
-        warmup: share of the epochs in which the rate rises from 0.
-        crop_min: smallest share of an image's area that is kept.
+        optimizer: `sgd` uses Nesterov momentum of 0.9.
+        lr: learning rate of the backbone, per 256 images.
+        classifier: ratio of the linear classifier's learning rate to the backbone's.
+        weight_decay: weight decay, not applied to biases and norms.
+        layer_decay: factor between the learning rates of a layer and the one above it.
+        batch_size: images per step; fewer if there are fewer in all.
+        epochs: passes over the labelled images; more if that would be fewer than `min_steps` steps.
+        min_steps: fewest steps.
+        warmup: fraction of the epochs during which the learning rate rises from 0.
+        crop_min: smallest fraction of an image's area that a crop keeps.
     """
 
     optimizer: Literal["sgd", "adamw"]
@@ -62,17 +62,18 @@ class FinetuneForm:
 
 
 FINETUNE: Mapping[str, FinetuneForm] = {
-    # Rate, Nesterov and no weight decay: SimCLR (arXiv:2002.05709, appendix B.5), 30 epochs with 10 % of ImageNet's
-    # labels. A classifier that learns faster than the trunk: SwAV (arXiv:2006.09882), 20 times with 10 %, and others.
+    # Learning rate, Nesterov and no weight decay: SimCLR (arXiv:2002.05709, appendix B.5), 30 epochs with 10 % of
+    # ImageNet's labels. A classifier that learns faster than the trunk: SwAV (arXiv:2006.09882), 20 times with 10 %,
+    # and others.
     "resnet": FinetuneForm("sgd", 0.05, 10.0, 0.0, 1.0, 128, 30),
-    # Rate and weight decay: DeiT (arXiv:2012.12877), 5e-4 for 512 images, with which v3's transformers were fine-tuned.
+    # Learning rate and weight decay: DeiT (arXiv:2012.12877), 5e-4 for 512 images, as for v3's own transformers.
     # Layer decay, warm-up and epochs: MAE (arXiv:2111.06377, table 9).
     "vit": FinetuneForm("adamw", 2.5e-4, 1.0, 0.05, 0.75, 256, 100, warmup=0.05),
 }
 
 
 class Plan(NamedTuple):
-    """What is going to be done."""
+    """The settings of a fine-tuning, with every choice made."""
 
     name: str
     form: FinetuneForm
@@ -89,7 +90,7 @@ class Plan(NamedTuple):
 
     @property
     def in_force(self) -> dict[str, Any]:
-        """As settings of an evaluation."""
+        """The plan as settings of an evaluation."""
         return {
             "form": self.name,
             "epochs": self.epochs,
@@ -101,26 +102,26 @@ class Plan(NamedTuple):
         }
 
     def lr(self, step: int) -> float:
-        """Of the backbone's last layer."""
+        """Learning rate of the backbone's last layer."""
         per_epoch, batch = self.steps_per_epoch, self.batch_size
         return learning_rate(self.optim, step, steps_per_epoch=per_epoch, epochs=self.epochs, batch_size=batch)
 
 
 def evaluate(task: Task) -> Outcome:
-    """The protocol: a copy of the encoder and a linear classifier learn the labelled images; batch norm does, too.
+    """Run the protocol: train a copy of the encoder, batch norm included, with a linear classifier.
 
     Raises:
-        ValueError: no labels, too few of them, or a form that is not in `FINETUNE`.
-        RuntimeError: the loss is no longer a number.
+        ValueError: there are no labels or too few, or the form is not in `FINETUNE`.
+        RuntimeError: the loss became NaN or infinite.
     """
     held, settings, encoder = task.labelled(), task.settings, task.encoder
-    kind(settings.form, encoder)  # a wrong one is answered before files are read
+    kind(settings.form, encoder)  # reports a wrong form before files are read
     source = hold(task, held.train)
     if len(source.images) < 2:
         raise ValueError("one labelled image is too few to learn from; raise --labels")
     plan = make_plan(task, len(source.images))
     spec = replace(CROPS, crop_scale=(plan.form.crop_min, 1.0), mean=encoder.mean, std=encoder.std)
-    if task.views:  # what may not be flipped or cut small in pre-training may not be here
+    if task.views:  # images that may not be flipped or cropped small in pre-training may not be here either
         spec = replace(spec, flip=task.views[0].flip, crop_scale=task.views[0].crop_scale)
     batches = Batches(task, source, OneView(spec, encoder.input_size, settings.seed), plan.batch_size, whole=False)
     devices = [task.device] if task.device.type == "cuda" else []
@@ -150,7 +151,7 @@ def evaluate(task: Task) -> Outcome:
 
 
 def kind(form: str | None, encoder: ImageEncoder) -> str:
-    """The form that is named, or that of this kind of network.
+    """The given form, or the default for this kind of network.
 
     Raises:
         ValueError: it is not in `FINETUNE`.
@@ -173,7 +174,7 @@ PROTOCOL = Protocol(
 
 
 def make_plan(task: Task, num_images: int) -> Plan:
-    """The form of this kind of network, with what the settings say in its place."""
+    """The form for this kind of network, with the settings applied."""
     settings = task.settings
     name = kind(settings.form, task.encoder)
     form = FINETUNE[name]
@@ -192,9 +193,9 @@ def make_plan(task: Task, num_images: int) -> Plan:
 
 
 def trainable(encoder: ImageEncoder, *, from_scratch: bool) -> nn.Module:
-    """A copy of the backbone, or one at its random start, that learns.
+    """A trainable copy of the backbone, or the same network with random weights.
 
-    All of it does, a frozen patch projection of v3 as well; only positions that are computed stay as they are.
+    All parameters are trained, including v3's frozen patch projection, except for computed position embeddings.
     """
     fresh = build_backbone(encoder.name, stem=encoder.stem, channels=encoder.channels)
     computed = {name for name, p in fresh.named_parameters() if name.endswith("pos_embed") and not p.requires_grad}
@@ -205,10 +206,10 @@ def trainable(encoder: ImageEncoder, *, from_scratch: bool) -> nn.Module:
 
 
 def layers(backbone: nn.Module) -> list[list[nn.Parameter]]:
-    """All parameters, from the images to the features: the stem, block after block, what follows the last block.
+    """All parameters by layer, from input to output: the stem, each block, and what follows the last block.
 
-    Blocks are the parts of a sequence of modules that have parts themselves: residual blocks, transformer blocks. A
-    network without such sequences has a layer for each of its parts, and nothing after them.
+    Blocks are the modules in a sequence whose members all have children: residual blocks, transformer blocks. In a
+    network without such sequences, each child is a layer, and nothing follows the last.
     """
     stem, blocks, loose = list(backbone.parameters(recurse=False)), [], []
     for child in backbone.children():
@@ -225,7 +226,7 @@ def layers(backbone: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def parameter_groups(backbone: nn.Module, classifier: nn.Module, *, form: FinetuneForm, decay: float) -> list[dict]:
-    """Groups for an optimizer, each with its `rate`: how many times the rate of what follows the last block it has.
+    """Parameter groups for an optimizer, each with its `rate`: a factor on the learning rate of the last layer.
 
     Layer i of n, counted from 0, has `decay ** (n - 1 - i)`.
     """
@@ -269,14 +270,14 @@ def _train(
         if done % ASK_EVERY == 0 or done == plan.steps:
             if not running.isfinite():
                 raise RuntimeError(
-                    f"the loss is not a number before step {done} of {plan.steps}; lower --lr (it was "
+                    f"the loss became NaN or infinite by step {done} of {plan.steps}; lower --lr (it was "
                     f"{plan.optim.base_lr:g} per 256 images), or use --precision fp32"
                 )
             task.report("training", done, plan.steps)
 
 
 def _optimizer(plan: Plan, groups: list[dict[str, Any]]) -> Optimizer:
-    lr, decay = plan.optim.base_lr, plan.optim.weight_decay  # the rate is set anew at every step
+    lr, decay = plan.optim.base_lr, plan.optim.weight_decay  # the learning rate is set again at every step
     fused = all(p.device.type in FUSED_DEVICES for group in groups for p in group["params"]) or None
     if plan.form.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr, weight_decay=decay, fused=fused)
@@ -294,5 +295,5 @@ def _said(task: Task, plan: Plan, num_images: int) -> str:
         f"From {start}: {num_images:,} labelled images, {plan.epochs} epochs of batches of {plan.batch_size}, "
         f"{plan.steps:,} steps of {plan.form.optimizer.upper()}; {rate} for the backbone, {plan.form.classifier:g} "
         f"times that for the classifier, layer decay {plan.layer_decay:g}, weight decay {plan.optim.weight_decay:g}; "
-        f"{plan.precision}. Test images are seen whole but for what is longer than the short side."
+        f"{plan.precision}. Test images are resized by the short side, then centre-cropped to a square."
     )

@@ -1,4 +1,4 @@
-"""Is an encoder healthy? What its features of two views of an image say, without a label.
+"""The health of an encoder, from its features of two views of each image; needs no labels.
 
 Alignment and uniformity are those of Wang and Isola 2020 (arXiv:2005.10242, equations 6 and 7), the effective rank is
 RankMe of Garrido et al. 2023 (arXiv:2210.02885, equations 1 and 2).
@@ -24,26 +24,30 @@ from moco.views import VIEWS, TwoViews
 Vectors = Float[Tensor, "n d"]
 
 MAX_IMAGES = 5_000
-"""Training images that are looked at, evenly spaced ones of a larger set. An effective rank is at most their number."""
+"""Most training images that are used, evenly spaced in a larger set. An effective rank is at most their number."""
 SMALL = 64
-"""Images up to so many pixels a side are not blurred."""
+"""Images with sides up to this many pixels are not blurred."""
 PAIRS_AT_ONCE = 2**24
 """Similarities held in memory at a time."""
 FEW_TO_RANK = 4
-"""With fewer images than so many times the features, the effective rank says as much of them as of the encoder."""
-# Rules of thumb and no more: no paper gives any. They are set wide of what was measured on encoders that work.
+"""With fewer images than this many times the features, the effective rank says as much about them as the encoder."""
+# Rules of thumb: no paper gives any. They are set far from what was measured on encoders that work.
 COLLAPSED_SPREAD, COLLAPSED_RANK = 0.1, 2.0
 LOW_RANK = 5.0
-"""Percent of the dimensions."""
+"""Effective rank below which few dimensions are used, in percent of the dimensions."""
 DEAD = 0.01
-"""A dimension's standard deviation, as a fraction of what it is if features are even on the sphere."""
+"""Standard deviation below which a dimension is dead, as a fraction of that of features uniform on the sphere."""
 
 
 def evaluate(task: Task) -> Outcome:
-    """The protocol: two views of training images as the run had them, or by the recipe `v2`; no labels."""
+    """Run the protocol on two views of training images, made as in the run or by the recipe `v2`; uses no labels.
+
+    Raises:
+        ValueError: there is only one training image.
+    """
     encoder, images = task.encoder, some_of(task.splits.train, MAX_IMAGES)
     if len(images) < 2:
-        raise ValueError("one image has none to differ from; give a folder of more with --data")
+        raise ValueError("there is only one training image; health needs at least 2: give more with --data")
     small = encoder.input_size <= SMALL and task.views is None
     first, second = (replace(spec, mean=encoder.mean, std=encoder.std) for spec in task.views or VIEWS["v2"]())
     if small:
@@ -75,8 +79,8 @@ def alignment(x: Vectors, y: Vectors, *, alpha: float = 2.0) -> float:
 
     Args:
         x: unit vectors of one view of each image.
-        y: likewise of the other view.
-        alpha: 2 in the paper.
+        y: unit vectors of the other view.
+        alpha: exponent; 2 in the paper.
 
     Example:
         >>> alignment(torch.eye(2), torch.eye(2).flip(0))
@@ -86,13 +90,13 @@ def alignment(x: Vectors, y: Vectors, *, alpha: float = 2.0) -> float:
 
 
 def uniformity(x: Vectors, *, t: float = 2.0) -> float:
-    """Log of the mean Gaussian potential exp(-t |a - b|^2) over all pairs: 0 if collapsed, the lower the more even.
+    """Log of the mean Gaussian potential exp(-t |a - b|^2) over all pairs: 0 if collapsed, lower if more uniform.
 
-    For t = 2 and many dimensions, vectors that are even on the sphere give about -4 plus 8 over the dimensions.
+    For t = 2 and many dimensions d, vectors uniform on the sphere give about -4 + 8 / d.
 
     Args:
         x: unit vectors, at least two.
-        t: 2 in the paper.
+        t: scale of the potential; 2 in the paper.
 
     Example:
         >>> uniformity(torch.eye(2))
@@ -111,12 +115,12 @@ def uniformity(x: Vectors, *, t: float = 2.0) -> float:
 
 
 def rank_me(z: Vectors, *, eps: float = 1e-7) -> float:
-    """Effective rank: exp of the entropy of the singular values as shares of their sum; 1 to the number of dimensions.
+    """Effective rank: exp of the entropy of the singular values divided by their sum; 1 to the number of dimensions.
 
-    The vectors are taken as they are, neither centred nor brought to unit length. Not a number if one of them is not.
+    The vectors are neither centred nor normalised. The result is NaN if one of them is not finite.
 
     Args:
-        z: features; of fewer vectors than dimensions the rank is at most their number.
+        z: features; with fewer vectors than dimensions, the rank is at most their number.
         eps: added to each share.
 
     Example:
@@ -132,18 +136,18 @@ def rank_me(z: Vectors, *, eps: float = 1e-7) -> float:
 
 @torch.inference_mode()
 def measure(first: Vectors, second: Vectors) -> dict[str, float]:
-    """Figures of the features of two views of the same images, row by row.
+    """Compute health figures from features of two views of the same images, row by row.
 
     Args:
-        first: of any length; of its vectors alone are rank, spread and uniformity.
-        second: likewise.
+        first: features of the first views, of any length; rank, spread and uniformity are computed from these alone.
+        second: features of the second views.
 
     Returns:
-        `effective_rank` and its `effective_rank_share` in percent of the dimensions; `alignment`; `uniformity`;
-        `spread`, the standard deviation of unit vectors over that of even ones, mean over the dimensions, and
-        `spread_min`; `dead`, percent of the dimensions that say nothing; `consistency`, percent of the images whose
-        nearest of all second views is their own; `positive` and `negative`, mean cosine of views of the same image
-        and of two images.
+        `effective_rank`, and `effective_rank_share` in percent of the dimensions; `alignment`; `uniformity`; `spread`,
+        the standard deviation of unit vectors relative to uniform ones, averaged over the dimensions, and its minimum
+        `spread_min`; `dead`, the percentage of dimensions that hardly vary; `consistency`, the percentage of images
+        whose own second view is the nearest of all; `positive` and `negative`, the mean cosine of views of the same
+        image and of different images.
     """
     x, y = F.normalize(first, dim=1), F.normalize(second, dim=1)
     n, d = x.shape
@@ -166,32 +170,32 @@ def measure(first: Vectors, second: Vectors) -> dict[str, float]:
 
 
 def verdict(figures: dict[str, float], *, num_images: int, num_dims: int) -> str:
-    """What the figures of `measure` mean, and what to do. The limits are rules of thumb."""
+    """Say what the figures of `measure` mean, and what to do. The limits are rules of thumb."""
     spread, rank = figures["spread"], figures["effective_rank"]
     most = min(num_dims, num_images)
     share = 100 * rank / most
     if not math.isfinite(spread + rank):
-        return "broken: they are not numbers; go back to an earlier checkpoint and lower --optim.base_lr."
+        return "broken: they are NaN or infinite; go back to an earlier checkpoint and lower --optim.base_lr."
     if spread < COLLAPSED_SPREAD or rank <= COLLAPSED_RANK:
         return (
             f"collapsed: all images look alike (spread {spread:.3f}, effective rank {rank:.1f}; expected over "
-            f"{COLLAPSED_SPREAD} and {COLLAPSED_RANK:g}). So may those of an encoder that was hardly trained. Lower "
-            "--optim.base_lr, raise --model.momentum, and leave --model.batchnorm on auto."
+            f"{COLLAPSED_SPREAD} and {COLLAPSED_RANK:g}). An encoder that is hardly trained can look like this too. "
+            "Lower --optim.base_lr, raise --model.momentum, and leave --model.batchnorm on auto."
         )
     if share < LOW_RANK:
         return (
             f"few dimensions are used: effective rank {rank:.1f} of {most}, {share:.1f} %; expected over {LOW_RANK:g} "
-            "%. Lower --model.temperature, let the views differ more (--views.recipe, --views.crop_min), or go back to "
-            "an earlier checkpoint."
+            "%. Lower --model.temperature, make the views differ more (--views.recipe, --views.crop_min), or go back "
+            "to an earlier checkpoint."
         )
     words = (
         f"not collapsed: effective rank {rank:.1f} of {num_dims}, spread {spread:.2f}; {figures['consistency']:.1f} % "
-        f"of the images find their own other view among all ({100 / num_images:.2g} % by chance)."
+        f"of the images have their own other view as nearest neighbour ({100 / num_images:.2g} % by chance)."
     )
     if figures["dead"] >= 1:
         words += f" {figures['dead']:.0f} % of the dimensions are the same for every image."
     if num_images < FEW_TO_RANK * num_dims:
-        words += f" With {num_images:,} images compare the rank only between encoders measured on the same ones."
+        words += f" With only {num_images:,} images, compare the rank only between encoders measured on the same ones."
     return words
 
 
@@ -206,15 +210,15 @@ def view_features(
     precision: str = "auto",
     on_progress: Report | None = None,
 ) -> tuple[Vectors, Vectors]:
-    """Float32 features of two views of each image, on the CPU; the encoder is left in the mode it was in.
+    """Compute float32 features of two views of each image, on the CPU; the encoder's mode is restored.
 
     Args:
-        encoder: on the device that is to do the work.
-        images: or their crops, as `two_crops` makes them.
-        views: how the two are made; their numbers follow from its seed, `epoch` and an image's place alone.
-        epoch: another one gives other views.
-        batch_size: images at a time.
-        precision: of the encoder's arithmetic.
+        encoder: on the device to use.
+        images: images, or their crops as `two_crops` makes them.
+        views: how the two views are made; they depend only on its seed, `epoch` and an image's position.
+        epoch: a different one gives different views.
+        batch_size: images per forward pass.
+        precision: precision of the encoder.
         on_progress: called with (images done, images in all).
     """
     parameter, was_training = next(encoder.parameters()), encoder.training
@@ -244,10 +248,10 @@ def view_features(
 def two_crops(
     images: FileImages, ids: Int64[Tensor, " n"], views: TwoViews, *, epoch: int = 0
 ) -> UInt8[Tensor, "n 2 c s s"]:
-    """The crops of two views of image files, which `views.finish` makes views of; of an unreadable file black ones."""
+    """Crops of image files for two views, to be passed to `views.finish`; those of unreadable files are black."""
     out = torch.zeros(len(ids), 2, images.channels, views.size, views.size, dtype=torch.uint8)
     places, bad = torch.arange(len(ids)), []
-    for part in places.split(32):  # pictures of camera size are held at a time
+    for part in places.split(32):  # decoded images, which may be camera-sized, in memory at a time
         for place, each in zip(part.tolist(), images.decode_many(ids[part].tolist()), strict=True):
             if isinstance(each, BadImage):
                 bad.append(each)

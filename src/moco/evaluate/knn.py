@@ -23,7 +23,11 @@ QUERIES_AT_ONCE, NUMBERS_AT_ONCE = AT_ONCE
 
 
 def evaluate(task: Task) -> Outcome:
-    """The protocol: features, or projections, of the training images vote on those of the test images."""
+    """Run the protocol: training images vote for the class of test images, by their features or projections.
+
+    Raises:
+        ValueError: there are no labels, too many images cannot be read, or features are NaN or infinite.
+    """
     held, settings = task.labelled(), task.settings
     assert settings.k is not None and settings.temperature is not None
     train, test = read(task, held.train, "training"), read(task, held.test, "test")
@@ -49,7 +53,7 @@ PROTOCOL = Protocol(evaluate, frozenset({"features", "k", "temperature", "labels
 
 @torch.inference_mode()
 def projected(projector: nn.Module, vectors: Vectors) -> Float[Tensor, "n d"]:
-    """Features to projections on the CPU; the projector is left in the mode it was in."""
+    """Turn features into projections, on the CPU; the projector's mode is restored."""
     parameter, was_training = next(projector.parameters()), projector.training
     projector.eval()
     parts = [projector(part.to(parameter)).float().cpu() for part in vectors.split(4096)]
@@ -62,15 +66,15 @@ def knn(train: Embeddings, test: Embeddings, *, k: int = 200, temperature: float
 
     Args:
         train: labelled embeddings that vote.
-        test: labelled embeddings that are classified.
-        k: voters; fewer if there are fewer.
-        temperature: a vote weighs exp(similarity / temperature).
+        test: labelled embeddings to classify.
+        k: number of neighbours that vote; fewer if there are fewer.
+        temperature: the weight of a vote is exp(similarity / temperature).
 
     Returns:
         `top1` and `top5` in percent.
 
     Raises:
-        ValueError: one of the two has no labels.
+        ValueError: `train` or `test` has no labels.
 
     Example:
         >>> sorted(moco.knn(moco.embed(encoder, "train/"), moco.embed(encoder, "test/"), k=200))   # doctest: +SKIP
@@ -89,14 +93,14 @@ def knn(train: Embeddings, test: Embeddings, *, k: int = 200, temperature: float
 def knn_scores(
     bank: Vectors | np.ndarray, bank_labels: Labels, queries: Float[Tensor, "m f"], *, k: int, temperature: float
 ) -> Float[Tensor, "m classes"]:
-    """Sum of votes per class: sum over the k nearest i with label c of exp(cosine_i / temperature).
+    """Votes for each class c: the sum of exp(cosine_i / temperature) over the k nearest images i with label c.
 
-    The bank is read once, in blocks, and may be a memory-mapped array: a million vectors never are in memory at once.
-    The work is done where the queries are.
+    The bank is read once, in blocks, and may be a memory-mapped array, so that a million vectors are never in memory at
+    once. The computation runs on the device of the queries.
     """
     bank_labels, num_classes = bank_labels.to(queries.device), int(bank_labels.max()) + 1
     found = nearest(bank, queries, k, at_once=(QUERIES_AT_ONCE, NUMBERS_AT_ONCE))
-    # exp((s - 1) / T) and not exp(s / T): the same ranking, and no overflow at small T
+    # exp((s - 1) / T) rather than exp(s / T): the same ranking, without overflow at small T
     votes = ((found.similarity - 1) / temperature).exp()
     return votes.new_zeros(len(votes), num_classes).scatter_add_(1, bank_labels[found.index], votes)
 
@@ -111,12 +115,12 @@ def few_label_accuracy(
     labels_per_class: int,
     num_draws: int = 100,
 ) -> float:
-    """Accuracy in percent of the nearest of a few labelled images per class, mean over fixed random draws of them.
+    """Accuracy in percent of the nearest of a few labelled images per class, averaged over fixed random draws.
 
-    What a person gets who labels one image, or five, of each class. The work is done where the vectors are.
+    This is what someone gets who labels one image, or five, of each class. It is computed on the vectors' device.
 
     Raises:
-        ValueError: a class has fewer images than are to be labelled.
+        ValueError: a class has fewer images than `labels_per_class`.
     """
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     members = [(bank_labels == label).nonzero()[:, 0] for label in bank_labels.unique()]

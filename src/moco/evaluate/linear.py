@@ -1,8 +1,9 @@
-"""Linear classification on a frozen encoder, in the published forms; `fast`, on features at hand, is in `probe`.
+"""Linear classification on a frozen encoder, in the published forms; `fast`, on precomputed features, is in `probe`.
 
-`official` is MoCo v1 and v2's (arXiv:1911.05722, section 4.1), `v3` is MoCo v3's (arXiv:2104.02057, and its code),
-`leftthomas` that of a much used CIFAR re-implementation of MoCo. Test images are cut as published: of 256 pixels of the
-short side the middle 224, or in this proportion at another size; `fast` takes the whole of the short side.
+`official` is that of MoCo v1 and v2 (arXiv:1911.05722, section 4.1), `v3` that of MoCo v3 (arXiv:2104.02057 and its
+code), `leftthomas` that of a widely used CIFAR re-implementation of MoCo. Test images are cropped as published: the
+short side is resized to 256 pixels and the central 224 are kept, in the same proportion at other sizes; `fast` resizes
+the short side to the encoder's size and crops nothing off it.
 """
 
 import copy
@@ -27,9 +28,9 @@ from moco.evaluate.reading import Batches, Read, hold, read
 from moco.views import VIEWS, OneView, ViewSpec
 
 LOOK_EVERY = 10
-"""Epochs between looks at the test images where the encoder's statistics drift, so that each costs a pass over them."""
+"""Epochs between tests if the encoder's statistics drift, so that each test costs a pass over the test images."""
 BEST = {False: "best_top1", True: "best_top1_of_looks"}
-"""The figure that the published code prints, and what stands for it where not every epoch is looked at."""
+"""The figure that the published code prints, and its substitute if not every epoch is tested."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,23 @@ class LinearForm:
 
     optimizer: Literal["sgd", "adam"]
     lr: float
-    """Per 256 images if it is `scaled`."""
+    """Learning rate; per 256 images if it is `scaled`."""
     vit_lr: float
-    """The same for vision transformers."""
+    """Learning rate for vision transformers."""
     batch_size: int
     epochs: int
     schedule: Literal["step", "cosine", "constant"]
-    """`step`: a tenth from 60 % of the epochs on, a hundredth from 80 % on."""
+    """`step`: a tenth of the learning rate after 60 % of the epochs, a hundredth after 80 %."""
     view: ViewSpec
-    """What is done to training images; normalised as the encoder wants it."""
+    """Augmentation of training images; they are normalised as the encoder expects."""
     small_init: bool = True
-    """Weights from N(0, 0.01), biases 0; else as PyTorch's linear layer has it."""
+    """Initialise weights from N(0, 0.01) and biases with 0; otherwise as PyTorch's linear layer does."""
     weight_decay: float = 0.0
     scaled: bool = True
-    """The rate is multiplied by the batch size over 256."""
+    """Multiply the learning rate by the batch size / 256."""
     drifting: bool = False
-    """The encoder is in training mode: batch statistics normalise, and the running ones, used for testing, drift."""
+    """Keep the encoder in training mode: it normalises with batch statistics, while the running ones, used in testing,
+    drift."""
 
 
 _CROP = ViewSpec(crop_scale=(0.08, 1.0), jitter_p=0.0, grey_p=0.0)
@@ -78,11 +80,11 @@ FORMS: Mapping[str, LinearForm] = {
 
 
 def evaluate(task: Task) -> Outcome:
-    """The protocol: `settings.form`, or `fast`.
+    """Run the protocol in the form `settings.form`, or `fast` if it is not given.
 
     Raises:
-        ValueError: unknown form, images without labels, or too many that cannot be read.
-        RuntimeError: the loss is not a number, or something frozen has changed.
+        ValueError: the form is unknown, images have no labels, or too many cannot be read.
+        RuntimeError: the loss became NaN or infinite, or the frozen encoder has changed.
     """
     name = task.settings.form or "fast"
     if name != "fast" and name not in FORMS:
@@ -110,12 +112,12 @@ def _fast(task: Task) -> Outcome:
     asked = Settings(settings.lr, settings.weight_decay, settings.epochs, settings.batch_size, settings.seed)
     found = probe(train.vectors, labels_of(train.images), test.vectors, settings=asked, device=task.device)
     where = (
-        "left at the default, for no class has two training images"
+        "left at the default, because no class has two training images"
         if math.isnan(found.validation_top1)
-        else "chosen on every tenth training image of each class, then trained on all"
+        else "chosen on a held-out tenth of the training images of each class, then trained on all"
     )
-    note = f"Learning rate {found.lr:g} and weight decay {found.weight_decay:g}: {where}; no test image had a say."
-    whole = "Images are seen whole but for what is longer than the short side; the published forms cut test images."
+    note = f"Learning rate {found.lr:g} and weight decay {found.weight_decay:g}: {where}; test images played no part."
+    whole = "Images are resized by the short side, then centre-cropped to a square; published forms crop more off."
     chosen = {name: value for name, value in figures(found).items() if not math.isnan(value)}
     used = {
         "form": "fast",
@@ -135,7 +137,7 @@ def _published(task: Task, name: str) -> Outcome:
     assert epochs and batch_size
     dtype = torch.float64 if precision == "fp64" else torch.float32
     layout = torch.channels_last if precision == "bf16" else torch.contiguous_format
-    # A copy: it may drift, and the check below then speaks of what was really used.
+    # A copy, because it may drift, and so that the check below covers what was really used.
     encoder = copy.deepcopy(task.encoder).to(dtype).to(memory_format=layout).train(form.drifting)
     before = tensors_of(encoder)
     source = hold(task, held.train)
@@ -167,7 +169,7 @@ def _published(task: Task, name: str) -> Outcome:
                 task.report("linear classifier, steps", epoch * steps + step + 1, epochs * steps)
             if not math.isfinite(total):
                 lr = optimizer.param_groups[0]["lr"]
-                raise RuntimeError(f"the loss is not a number in epoch {epoch} at learning rate {lr:g}; lower --lr")
+                raise RuntimeError(f"the loss became NaN or infinite in epoch {epoch}; lower --lr, now {lr:g}")
             if not form.drifting or epoch + 1 == epochs or (epoch + 1) % LOOK_EVERY == 0:
                 last = scores()
                 best = max(best, accuracies(last, test_labels)["top1"])
@@ -178,7 +180,7 @@ def _published(task: Task, name: str) -> Outcome:
 
 
 def in_force(name: str, task: Task) -> EvaluateConfig:
-    """The settings, with the form's where there were none."""
+    """The settings, filled in from the form."""
     form, given = FORMS[name], task.settings
     lr = form.vit_lr if hasattr(task.encoder.backbone, "patch_embed") else form.lr
     return given.model_copy(
@@ -196,21 +198,21 @@ def in_force(name: str, task: Task) -> EvaluateConfig:
 def _notes(name: str, settings: EvaluateConfig) -> tuple[str, ...]:
     form = FORMS[name]
     best = (
-        f"best_top1_of_looks is the best of every {LOOK_EVERY}th epoch and the last on the test images (the published "
-        "code takes the best of all)"
+        f"best_top1_of_looks is the best on the test images over every {LOOK_EVERY}th epoch and the last (the "
+        "published code takes the best of all epochs)"
         if form.drifting
-        else "best_top1 is the best of every epoch on the test images, as it is published"
+        else "best_top1 is the best of every epoch on the test images, as published"
     )
     encoder = (
         "The encoder's weights were frozen; its batch-norm statistics were not, as published."
         if form.drifting
-        else "Every tensor of the encoder is bit-equal to what it was before."
+        else "Every tensor of the encoder is bit-for-bit what it was before."
     )
     return (
-        f"{name}, {settings.epochs} epochs in {settings.precision}: top1 and top5 are of the last one; {best}, and so "
-        "chosen by them.",
+        f"{name}, {settings.epochs} epochs in {settings.precision}: top1 and top5 are those of the last epoch; {best}, "
+        "so it is selected on the test set.",
         encoder,
-        "Test images are cut as published: of 256 pixels of the short side the middle 224, or in this proportion.",
+        "Test images are cropped as published: short side to 256 pixels, central 224, or in that proportion.",
     )
 
 
@@ -219,7 +221,7 @@ def _num_classes(held: HeldOut) -> int:
 
 
 def build_classifier(form: LinearForm, num_features: int, num_classes: int) -> nn.Linear:
-    """A linear layer as the form begins with; drawn from the global generator."""
+    """The form's initial linear layer, drawn from the global generator."""
     classifier = nn.Linear(num_features, num_classes)
     if form.small_init:
         nn.init.normal_(classifier.weight, std=0.01)
@@ -228,7 +230,7 @@ def build_classifier(form: LinearForm, num_features: int, num_classes: int) -> n
 
 
 def build_optimizer(form: LinearForm, settings: EvaluateConfig, params: list[nn.Parameter]) -> Optimizer:
-    """The form's optimizer of what is trainable; the rate is set each epoch."""
+    """The form's optimizer for the trainable parameters; the learning rate is set each epoch."""
     trainable = [parameter for parameter in params if parameter.requires_grad]
     assert len(trainable) == 2, f"{len(trainable)} trainable tensors; expected the classifier's weight and bias alone"
     decay = form.weight_decay if settings.weight_decay is None else settings.weight_decay
@@ -238,7 +240,7 @@ def build_optimizer(form: LinearForm, settings: EvaluateConfig, params: list[nn.
 
 
 def learning_rate(form: LinearForm, settings: EvaluateConfig, epoch: int, *, is_vit: bool) -> float:
-    """Of an epoch, counted from 0, along the form's schedule; a scaled rate is multiplied by batch size / 256."""
+    """Learning rate of an epoch, counted from 0, in the form's schedule; multiplied by batch size / 256 if scaled."""
     epochs = settings.epochs or form.epochs
     peak = settings.lr if settings.lr is not None else form.vit_lr if is_vit else form.lr
     peak *= (settings.batch_size or form.batch_size) / 256 if form.scaled else 1
@@ -255,20 +257,20 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def check_frozen(module: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """That every parameter and buffer has the very bits it had.
+    """Check that every parameter and buffer is bit-for-bit what it was.
 
     Raises:
-        RuntimeError: one has not; the first is named.
+        RuntimeError: one has changed; the message names the first.
     """
     for name, now in tensors_of(module).items():
         if not torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (now, before[name]))):
-            raise RuntimeError(f"{name} of the frozen encoder has changed while the classifier was trained; a bug")
+            raise RuntimeError(f"{name} of the frozen encoder changed while the classifier was trained; this is a bug")
 
 
 def _tester(
     task: Task, form: LinearForm, encoder: ImageEncoder, classifier: nn.Linear, test: Read, precision: str
 ) -> Callable[[], Float[Tensor, "m classes"]]:
-    """What gives the scores of the test images; features that cannot change are those that were read at first."""
+    """A function that returns the scores of the test images; features that cannot change are read only once."""
 
     @torch.no_grad()
     def scores() -> Tensor:

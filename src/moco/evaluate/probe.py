@@ -1,9 +1,9 @@
-"""A linear classifier on features that are at hand: many settings learn at once, and no test label has a say in which.
+"""A linear classifier on precomputed features: many settings are trained at once, and selected without test labels.
 
-Softmax regression on standardised features. They are turned onto their principal axes, which changes neither the
+Softmax regression on standardised features. They are rotated onto their principal axes, which changes neither the
 problem nor its L2 penalty, and each axis learns at the inverse of its curvature bound (Böhning 1992, Multinomial
-logistic regression algorithm: the Hessian is at most half the covariance). So a rate means the same for any encoder:
-1 is as fast as is safe on all images at once.
+logistic regression algorithm: the Hessian is at most half the covariance). So a learning rate means the same for any
+encoder: 1 is the largest that is safe on full batches.
 """
 
 import math
@@ -26,19 +26,20 @@ RATES = (1.0, 0.3, 0.1, 0.03)
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 EPOCHS, MIN_STEPS, BATCH_SIZE, MOMENTUM = 20, 400, 1024, 0.9
 SWEEP_BYTES = 2**29
-"""Weights, gradients and scores of the pairs that learn at once; what does not fit learns afterwards."""
+"""Most bytes for weights, gradients and scores of the pairs trained at once; pairs that do not fit come afterwards."""
 CURVATURE_ROWS = 2**16
-"""Rows that the axes are found from; any axes give the same problem, good ones give it sooner."""
+"""Rows from which the axes are computed; any axes give the same problem, good ones converge faster."""
 
 
 class Probe(NamedTuple):
-    """A classifier's answers, and how it came about.
+    """The scores of a classifier, and the settings that were selected for it.
 
     Attributes:
-        scores: of each test row for each class.
-        lr: chosen, in units of the inverse curvature bound.
-        weight_decay: chosen; the penalty is half of it times the squared weights, on standardised features.
-        validation_top1: in percent, on the training rows that were held back for choosing; NaN if none could be.
+        scores: score of each test row for each class.
+        lr: selected learning rate, in units of the inverse curvature bound.
+        weight_decay: selected weight decay; the penalty is half of it times the squared weights, on standardised
+            features.
+        validation_top1: accuracy in percent on the training rows held out for selection; NaN if there were none.
     """
 
     scores: Float[Tensor, "m classes"]
@@ -48,7 +49,7 @@ class Probe(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What may be asked for; None: the default, or all that there is to choose from."""
+    """Settings of a probe; None: the default, or selected among all candidates."""
 
     lr: float | None = None
     weight_decay: float | None = None
@@ -58,11 +59,11 @@ class Settings(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """Standardised features on their principal axes, and a last one that is 1.
+    """Transform of features onto standardised principal axes, with a constant 1 appended.
 
     Attributes:
-        mean: of the features.
-        turn: standardises and rotates.
+        mean: mean of the features.
+        turn: matrix that standardises and rotates.
         curvature: mean square of the training rows along each axis.
     """
 
@@ -75,12 +76,12 @@ class Axes(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Rows on their axes.
+    """Rows transformed onto their axes.
 
     Attributes:
-        axes: of the rows.
-        vectors: the rows before.
-        turned: the rows after, where there is memory for all.
+        axes: the transform.
+        vectors: the rows before it.
+        turned: the rows after it, if there is memory for all.
     """
 
     axes: Axes
@@ -101,22 +102,22 @@ def linear(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Accuracy of a linear classifier, its learning rate and weight decay chosen on held-back training images.
+    """Accuracy of a linear classifier whose learning rate and weight decay are selected on held-out training images.
 
     Args:
-        train: labelled embeddings to learn from; every tenth of each class is held back while choosing.
+        train: labelled embeddings to train on; a tenth of each class is held out for the selection.
         test: labelled embeddings to classify.
-        lr: not chosen but this, in units of the inverse curvature bound.
-        weight_decay: not chosen but this.
-        epochs: passes; not given: 20, or as many as make 400 steps.
+        lr: learning rate in units of the inverse curvature bound; not given: selected.
+        weight_decay: weight decay; not given: selected.
+        epochs: passes over the training rows; not given: 20, or as many as make 400 steps.
         batch_size: rows per step; not given: 1024.
-        seed: of what is held back and of the order.
+        seed: seed of what is held out and of the order.
 
     Returns:
-        `top1`, `top5` and `validation_top1` in percent, `lr` and `weight_decay` as chosen.
+        `top1`, `top5` and `validation_top1` in percent, and the `lr` and `weight_decay` that were used.
 
     Raises:
-        ValueError: one of the two has no labels, or they are of different encoders, or not finite.
+        ValueError: `train` or `test` has no labels, they come from different encoders, or features are not finite.
 
     Example:
         >>> figures = moco.linear(moco.embed(encoder, "train/"), moco.embed(encoder, "test/"))     # doctest: +SKIP
@@ -137,7 +138,7 @@ def linear(
 
 
 def figures(found: Probe) -> dict[str, float]:
-    """What was chosen, by name."""
+    """The selected settings and their validation accuracy, by name."""
     return {"validation_top1": found.validation_top1, "lr": found.lr, "weight_decay": found.weight_decay}
 
 
@@ -150,22 +151,22 @@ def probe(
     settings: Settings = Settings(),  # noqa: B008 (a tuple)
     device: torch.device | None = None,
 ) -> Probe:
-    """Chooses a pair of learning rate and weight decay, then learns from all rows; sees no test label.
+    """Select a learning rate and weight decay, then train on all rows; no test label is used.
 
     Args:
-        train: features to learn from.
+        train: features to train on.
         labels: their classes.
         test: features to classify.
-        settings: what is not left to choose.
-        device: that does the work; not given: the CPU. Features stay where they are and go there in batches.
+        settings: settings that are fixed rather than selected.
+        device: device to use; not given: the CPU. Features stay where they are and are moved there in batches.
 
     Raises:
-        ValueError: features of different lengths, or not finite.
+        ValueError: features have different lengths, or are not finite.
     """
     if train.shape[1] != test.shape[1]:
         raise ValueError(
-            f"training features have {train.shape[1]} numbers, test features {test.shape[1]}; "
-            "expected both of one encoder"
+            f"training features have {train.shape[1]} dimensions, test features {test.shape[1]}; "
+            "expected both from the same encoder: embed them again"
         )
     for name, part in (("training", train), ("test", test)):
         check_finite(part, name)
@@ -193,7 +194,7 @@ def probe(
 
 
 def held_back(labels: Labels, seed: int) -> Tensor:
-    """Which rows choose and do not learn: a tenth of each class, at least one; none of a class of one."""
+    """Which rows are held out for selection: a tenth of each class, at least one; none of a class with one row."""
     generator, held = torch.Generator().manual_seed(seed), torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
@@ -203,12 +204,12 @@ def held_back(labels: Labels, seed: int) -> Tensor:
 
 
 def principal_axes(vectors: Vectors, device: torch.device) -> Axes:
-    """The axes of these features; a feature that never changes is left out."""
+    """The principal axes of these features; a constant feature is ignored."""
     seen = vectors[:: math.ceil(len(vectors) / CURVATURE_ROWS)]
     width = seen.shape[1]
 
     def total(of: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-        """Sums over blocks in float64, in which all rows at once would take twice the features' own memory."""
+        """Sum over blocks in float64; all rows at once would take twice the memory of the features."""
         for part in seen.split(ROWS_AT_ONCE):
             start = start + of(part.cpu().double())
         return start
@@ -233,14 +234,14 @@ def principal_axes(vectors: Vectors, device: torch.device) -> Axes:
 
 
 def on_axes(axes: Axes, vectors: Vectors) -> Inputs:
-    """Turned once if the result may be held: an epoch needs every row, and so does every pair that learns later."""
+    """Transform all rows once if they fit in memory, as every epoch needs every row."""
     if 4 * len(vectors) * len(axes.curvature) > HELD:
         return Inputs(axes, vectors, None)
     return Inputs(axes, vectors, torch.cat([axes(part) for part in vectors.split(ROWS_AT_ONCE)]))
 
 
 def passes(num_rows: int, settings: Settings) -> tuple[int, int]:
-    """Batches an epoch, and epochs."""
+    """Number of batches per epoch, and number of epochs."""
     parts = math.ceil(num_rows / (settings.batch_size or BATCH_SIZE))
     return parts, settings.epochs or max(EPOCHS, math.ceil(MIN_STEPS / parts))
 
@@ -254,9 +255,9 @@ def fit(
     num_classes: int,
     settings: Settings,
 ) -> Float[Tensor, "p g classes"]:
-    """Classifiers on these rows, one a pair of (learning rate, weight decay), all learning from the same batches.
+    """Train classifiers on these rows, one per pair of (learning rate, weight decay), all on the same batches.
 
-    SGD with momentum, the rate falling to 0 along a cosine.
+    Uses SGD with momentum; the learning rate follows a cosine down to 0.
     """
     curvature = inputs.axes.curvature
     device, num_axes = curvature.device, len(curvature)
@@ -284,7 +285,7 @@ def fit(
 
 
 def _at_once(num_features: int, num_classes: int, settings: Settings) -> int:
-    """Pairs that fit into `SWEEP_BYTES`: three numbers a weight, two a score."""
+    """Number of pairs that fit into `SWEEP_BYTES`: three values per weight, two per score."""
     batch = settings.batch_size or BATCH_SIZE
     return max(1, SWEEP_BYTES // (4 * num_classes * (3 * (num_features + 1) + 2 * batch)))
 
@@ -292,7 +293,7 @@ def _at_once(num_features: int, num_classes: int, settings: Settings) -> int:
 def _judged(
     inputs: Inputs, labels: Labels, rows: Int64[Tensor, " r"], weights: Float[Tensor, "p g classes"]
 ) -> list[tuple[float, float]]:
-    """Accuracy in percent and, for those that are equal, minus the loss of each classifier; diverged ones come last."""
+    """Accuracy in percent of each classifier and, to break ties, minus its loss; diverged ones come last."""
     right, loss = torch.zeros(2, len(weights), dtype=torch.float64)
     for which in rows.split(BATCH_SIZE):
         scores, wanted = (inputs(which) @ weights).cpu(), labels[which]  # p b classes

@@ -1,4 +1,4 @@
-"""Images as protocols read them: features of those that can be read, and batches of random views."""
+"""Reading images for protocols: features of those that can be read, and batches of random views."""
 
 import json
 import logging
@@ -23,13 +23,13 @@ from moco.views import OneView
 
 IMAGES_AT_ONCE = 256
 DECODED_AT_ONCE = 32
-"""Pictures of camera size that are held until they are cropped."""
+"""Decoded images, which may be camera-sized, held until they are cropped."""
 
 Batch = tuple[Float[Tensor, "n c s s"], Int64[Tensor, " n"]]
 
 
 class Read(NamedTuple):
-    """Images that could be read, with their features in the same order, and in words what was left out."""
+    """The images that could be read, their features in the same order, and notes on what was left out."""
 
     images: Images
     vectors: Float[Tensor, "n f"]
@@ -46,15 +46,15 @@ def read(
     precision: str | None = None,
     cut: bool = False,
 ) -> Read:
-    """Features of all images that can be read.
+    """Compute features of all images that can be read.
 
     Args:
-        task: whose encoder, precision and share of unreadable files count.
-        images: whose features are taken.
-        part: what they are called: training or test.
-        encoder: in place of the task's.
-        precision: in place of the task's.
-        cut: the middle of a larger square, as published linear classifiers are tested; see `cut_side`.
+        task: gives the encoder, the precision and the fraction of files that may be unreadable.
+        images: images to read.
+        part: `training` or `test`, for messages.
+        encoder: encoder to use instead of the task's.
+        precision: precision to use instead of the task's.
+        cut: crop the centre of a larger square, as in tests of published linear classifiers; see `cut_side`.
 
     Raises:
         ValueError: too many files cannot be read.
@@ -74,7 +74,7 @@ def read(
         bad.update({which[place]: each for place, each in failed.items()})
         return rows
 
-    # Several processes share the work, and all have all of its rows, and of the files that cannot be read.
+    # Several processes share the work; all of them get all rows, and the list of all files that cannot be read.
     vectors = dist.in_shares(
         work, len(images), encoder.num_features, at_once=IMAGES_AT_ONCE, device=task.device, room=room
     )
@@ -85,16 +85,16 @@ def read(
         return Read(images, vectors, ())
     note = left_out(list(bad.values()), len(images), part, task.data.max_bad)
     good = torch.tensor([place for place in range(len(images)) if place not in bad])
-    for start in range(0, len(good), ROWS_AT_ONCE):  # in place, for there may be no memory for them twice
+    for start in range(0, len(good), ROWS_AT_ONCE):  # in place, as there may be no memory for a copy
         rows = good[start : start + ROWS_AT_ONCE]
         vectors[start : start + len(rows)] = vectors[rows]
     return Read(images.select(good), vectors[: len(good)], (note,))
 
 
 def cut_side(encoder: ImageEncoder, images: Images) -> int:
-    """Pixels that the short side is brought to: 256 for an encoder of 224, and in this proportion for another.
+    """Length in pixels to resize the short side to: 256 for an encoder of 224, and in proportion for others.
 
-    Images in memory that are no larger than the encoder's size are taken as they are.
+    Images in memory that are no larger than the encoder's size are not enlarged.
     """
     size = encoder.input_size
     small = isinstance(images, ArrayImages) and min(images.images.shape[2:]) <= size
@@ -102,34 +102,34 @@ def cut_side(encoder: ImageEncoder, images: Images) -> int:
 
 
 def left_out(bad: Sequence[BadImage], num_images: int, part: str, max_bad: float, *, known: int = 0) -> str:
-    """Names unreadable files in the log, and counts them in words.
+    """Log the names of unreadable files, and return a note with their number.
 
     Args:
-        bad: the files.
-        num_images: among which they are.
-        part: what those are called.
-        max_bad: largest fraction of them that may be unreadable.
-        known: that were named before.
+        bad: the unreadable files.
+        num_images: number of all images.
+        part: `training` or `test`, for messages.
+        max_bad: largest fraction of the images that may be unreadable.
+        known: number of files that were logged before.
 
     Raises:
-        ValueError: there are more, or nothing else.
+        ValueError: more are unreadable, or all are.
     """
     count = known + len(bad)
     if count > max_bad * num_images or count == num_images:
         raise ValueError(
-            f"{count} of {num_images} {part} images cannot be read, expected at most {max_bad:.2%} in an evaluation; "
+            f"{count} of {num_images} {part} images cannot be read, expected at most {max_bad:.2%} in an evaluation: "
             "repair or remove them: " + "; ".join(f"{each.path!r} ({each.reason})" for each in bad[:5])
         )
     log = logging.getLogger("moco")
     for each in bad[: max(0, NUM_NAMED - known)]:
         log.warning("left out of the evaluation: %s", each)
     if count > NUM_NAMED:
-        log.warning("left out of the evaluation: %d of %d %s images in all", count, num_images, part)
+        log.warning("left out of the evaluation, in all: %d of %d %s images", count, num_images, part)
     return f"{count:,} of {num_images:,} {part} images could not be read and were left out."
 
 
 class Held(NamedTuple):
-    """Training images; the decoded files where there is memory for them, and in words what was left out then."""
+    """Training images, their decoded pixels if there is memory for them, and notes on what was left out."""
 
     images: Images
     pixels: Sequence[UInt8[Tensor, "c _ _"]] | None = None
@@ -137,7 +137,7 @@ class Held(NamedTuple):
 
 
 def hold(task: Task, images: Images) -> Held:
-    """Decodes files once if all of them fit `data.memory`; an estimate from the first of them says whether they do.
+    """Decode files once if all of them fit into `data.memory`, as estimated from the first ones.
 
     Raises:
         ValueError: too many files cannot be read.
@@ -166,14 +166,14 @@ def hold(task: Task, images: Images) -> Held:
 
 @final
 class Batches:
-    """From an epoch to its batches: a random view of each image, and its place among the images.
+    """The batches of an epoch: a random view of each image, and its index among the images.
 
     Args:
-        task: whose seed and device count.
+        task: gives the seed and the device.
         held: the images.
         view: how views are made.
-        batch_size: images a batch.
-        whole: all images come, and so the last batch may be smaller; else what is less than a batch is passed over.
+        batch_size: images per batch.
+        whole: include all images, so that the last batch may be smaller; otherwise drop an incomplete batch.
     """
 
     def __init__(self, task: Task, held: Held, view: OneView, batch_size: int, *, whole: bool):
@@ -195,13 +195,13 @@ class Batches:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What could not be read so far, in words."""
+        """Notes on what could not be read so far."""
         count = len(self._bad.keys() | set(self._loader.bad if self._loader else ()))
         number = len(self._held.images)
         return (*self._held.notes, *([f"{count:,} of {number:,} training images could not be read."] if count else []))
 
     def __call__(self, epoch: int) -> Iterator[Batch]:
-        """The order follows from seed and epoch alone."""
+        """Yield the batches of an epoch; their order depends only on seed and epoch."""
         images, size = self._held.images, self._size
         order = epoch_order(len(images), seed=self._task.settings.seed, epoch=epoch)
         full = order[: len(order) // size * size]
@@ -216,7 +216,7 @@ class Batches:
         else:
             for crops, ids in self._loader.epoch(epoch) if self._loader else ():
                 yield self._finished(crops, ids, epoch), ids
-            crops, ids = self._read(rest, epoch)  # the loader drops what is less than a batch
+            crops, ids = self._read(rest, epoch)  # the loader drops an incomplete batch
             if len(ids):
                 yield self._finished(crops, ids, epoch), ids
 
@@ -226,7 +226,7 @@ class Batches:
     def _cropped(
         self, pixels: Sequence[Tensor], wanted: Sequence[Tensor], epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Crops of decoded files; those of the next batch are made while one is worked on."""
+        """Crops of decoded files; those of the next batch are made while the current one is processed."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             waiting: deque[tuple[Tensor, list[Future[Tensor]]]] = deque()
             for ids in [*wanted, None]:
@@ -238,7 +238,7 @@ class Batches:
                     yield torch.stack([each.result() for each in crops]), ready
 
     def _read(self, ids: Int64[Tensor, " n"], epoch: int) -> tuple[Tensor, Tensor]:
-        """Crops of files, a few of which are decoded at a time; without those that cannot be read."""
+        """Crops of files, decoded a few at a time, without those that cannot be read."""
         images = self._held.images
         crops: list[Tensor] = []
         good: list[int] = []

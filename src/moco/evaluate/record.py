@@ -1,4 +1,4 @@
-"""What came out of an evaluation: how it is named, what is written of it, and where."""
+"""The results of an evaluation: how they are named, what is written, and where."""
 
 import hashlib
 import json
@@ -17,26 +17,26 @@ from moco.figures import confusion_matrix, save
 from moco.run import write_atomically
 
 MAX_LISTED = 100
-"""Classes up to which the JSON itself holds what was taken for what; the table of a thousand would be megabytes."""
+"""Largest number of classes whose confusion matrix is in the JSON itself; that of a thousand would be megabytes."""
 MAX_WORD = 24
-"""Letters of a folder's name in the name of an evaluation."""
+"""Most letters of a folder's name in the name of an evaluation."""
 SHORT = {"features": "{}", "labels": "labels{}", "precision": "{}", "from_scratch": "scratch"}
-"""How a setting stands in the name of an evaluation where it is not its own name and value."""
+"""How settings appear in the name of an evaluation, if not as their name and value."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """Results of an evaluation.
 
     Attributes:
-        name: protocol, images and settings in one word, which the files of the evaluation bear.
-        data: which images, as they were named.
-        figures: by name; accuracies in percent.
+        name: protocol, images and settings in one word, used to name the files.
+        data: the images, as they were given.
+        figures: figures by name; accuracies in percent.
         per_class: accuracy of each class in percent; empty without classes.
-        confusion: test images of the class of the row that were taken for the class of the column; or None.
+        confusion: number of test images of the row's class that were classified as the column's; or None.
         classes: names of the classes.
-        settings: that were in force; what does not concern the protocol is as if it was not given.
-        notes: in words.
+        settings: settings that were used; those that the protocol does not use have their defaults.
+        notes: remarks for the user.
         folder: where `name`.json and, with classes, `name`.png are; None if nothing was written.
     """
 
@@ -52,15 +52,15 @@ class Evaluation:
 
     @property
     def confusion_file(self) -> Path | None:
-        """Where the confusion of more than `MAX_LISTED` classes is, as numpy writes it."""
+        """The .npy file of the confusion matrix if there are more than `MAX_LISTED` classes; otherwise None."""
         large = self.confusion is not None and len(self.confusion) > MAX_LISTED
         return self.folder / f"{self.name}.confusion.npy" if self.folder and large else None
 
     def record(self) -> dict[str, Any]:
-        """What the JSON file holds, and `--json` prints.
+        """The content of the JSON file, which `--json` prints.
 
-        `confusion` is a list of rows, or of more than `MAX_LISTED` classes the name of the file that holds them, if
-        there is one. A figure that is no finite number is None, for JSON knows no other word.
+        `confusion` is a list of rows or, with more than `MAX_LISTED` classes, the name of the file that holds them, if
+        there is one. A figure that is NaN or infinite is None, because JSON has no such numbers.
         """
         confusion: Any = self.confusion_file.name if self.confusion_file else None
         if self.confusion is not None and len(self.confusion) <= MAX_LISTED:
@@ -77,7 +77,7 @@ class Evaluation:
         }
 
     def mixups(self, most: int = 3) -> list[tuple[str, str, int]]:
-        """Class, what its images were most often taken for, and how many were: the most frequent first."""
+        """The most frequent confusions, in order: class, class predicted instead, number of images."""
         if self.confusion is None:
             return []
         wrong = self.confusion.copy()
@@ -91,7 +91,7 @@ class Evaluation:
         ]
 
     def write(self) -> None:
-        """Into `folder`; the JSON last, so that what it names is there."""
+        """Write the results into `folder`, the JSON last, so that the files it names exist."""
         if self.folder is None:
             return
         if self.confusion is not None and len(self.classes) > 1:
@@ -105,14 +105,14 @@ class Evaluation:
 def name_of(
     protocol: str, settings: EvaluateConfig, *, default_form: str | None, data: str | None, own: str | None
 ) -> str:
-    """One word for an evaluation: what was measured on which images, and each setting that was replaced.
+    """Name an evaluation in one word: the protocol, the images, and each setting that differs from its default.
 
     Args:
-        protocol: its name.
-        settings: as they were given.
-        default_form: of the protocol, which need not be said.
-        data: images that were given.
-        own: those of the run, which need not be said.
+        protocol: name of the protocol.
+        settings: the settings as given.
+        default_form: default form of the protocol, which is left out.
+        data: the images that were given.
+        own: the images of the run, which are left out.
     """
     words = [protocol.replace(":", ".")]
     if settings.form and settings.form != default_form:
@@ -121,7 +121,7 @@ def name_of(
         words.append(_word(data))
     for name in replaced(settings):
         value = getattr(settings, name)
-        if name not in ("form", "accelerator"):  # which device does it changes nothing but rounding
+        if name not in ("form", "accelerator"):  # the device changes nothing but rounding
             words.append(
                 SHORT.get(name, name + "{}").format(_said(round(100 * value, 9) if name == "labels" else value))
             )
@@ -137,7 +137,7 @@ def _place(data: str) -> str:
 
 
 def _word(data: str) -> str:
-    """A known set by its name, a folder by its own and a hash of where it is."""
+    """A known data set by its name, a folder by its own name and a hash of its location."""
     if data in DATASETS:
         return data
     place = _place(data)

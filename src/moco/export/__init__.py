@@ -1,4 +1,4 @@
-"""An encoder for other people's programs. What was written is loaded as they would, and compared, before it is done."""
+"""Exporting an encoder for other programs. Each export is loaded with the other program and its features compared."""
 
 import copy
 import hashlib
@@ -40,25 +40,25 @@ TOLERANCE = 1e-4
 
 
 def export(encoder: ImageEncoder | str | Path, out: str | Path | None = None, *, format: str = "timm") -> Path:
-    """Writes an encoder in a form that others load, with a model card beside it.
+    """Write an encoder in another program's format, with a model card.
 
-    It is loaded again by those others (timm, torchvision, onnxruntime) and gives the same features, or nothing is left
-    of it.
+    The export is loaded with that program (timm, torchvision, onnxruntime) and must give the same features; otherwise
+    nothing is kept.
 
     Args:
-        encoder: one from `load_encoder`, or what that takes. Of a run the card says how it was trained and how good it
-            is, and `official` holds its head, key encoder and queue.
-        out: folder to make; not given: `exports/` and the format, in the run.
+        encoder: an encoder from `load_encoder`, or anything that `load_encoder` takes. For a run, the card also says
+            how it was trained and how good it is, and `official` includes its head, key encoder and queue.
+        out: folder to create; not given: `exports/FORMAT` in the run's folder.
         format: a name in `EXPORTERS`.
 
     Returns:
         The folder; `export.json` in it holds the largest difference and a SHA-256 of each file.
 
     Raises:
-        ValueError: unknown format, or one that cannot hold this encoder.
-        FileExistsError: there is something at `out` already.
+        ValueError: the format is unknown, or cannot hold this encoder.
+        FileExistsError: `out` exists already and is not empty.
         ImportError: the format needs an extra that is not installed.
-        RuntimeError: what was loaded is not the encoder.
+        RuntimeError: the export cannot be loaded, or gives different features.
 
     Example:
         >>> moco.export("runs/first", format="timm")                                         # doctest: +SKIP
@@ -71,7 +71,7 @@ def export(encoder: ImageEncoder | str | Path, out: str | Path | None = None, *,
     if not isinstance(encoder, ImageEncoder):
         run = Run.open(encoder) if (Path(encoder) / "config.yaml").is_file() else None
     if out is None and run is None:
-        raise ValueError("out is not given; only an export of a run has a place of its own: give the folder to make")
+        raise ValueError("out is not given, and the encoder is not a run with a folder for exports; give out")
     out = Path(out) if out is not None else run.path / "exports" / format if run else Path()
     _refuse_taken(out)
     loaded = encoder if isinstance(encoder, ImageEncoder) else load_encoder(encoder)
@@ -93,7 +93,7 @@ def export(encoder: ImageEncoder | str | Path, out: str | Path | None = None, *,
 
 
 def _compared(encoder: ImageEncoder, form: str, written: Written, folder: Path) -> Check:
-    """Runs the code of the model card, and compares its features with the encoder's."""
+    """Run the code in the model card, and compare its features with the encoder's."""
     generator, shape = torch.Generator().manual_seed(0), (encoder.channels, encoder.input_size, encoder.input_size)
     differences, sizes = [], []
     for count in written.counts:
@@ -105,9 +105,9 @@ def _compared(encoder: ImageEncoder, form: str, written: Written, folder: Path) 
             raise RuntimeError(f"the {form} export gives features {[*found.shape]}, the encoder {[*expected.shape]}")
         differences.append(float((found - expected).abs().max()))
         sizes.append(float(expected.abs().max()))
-        if not differences[-1] <= TOLERANCE * sizes[-1]:  # also where either is not a number
+        if not differences[-1] <= TOLERANCE * sizes[-1]:  # also if either is NaN
             raise RuntimeError(
-                f"features of the {form} export differ from the encoder's by {differences[-1]:.1e}, of at most "
+                f"features of the {form} export differ from the encoder's by {differences[-1]:.1e}, the largest being "
                 f"{sizes[-1]:.1e}; nothing was kept"
             )
     return Check(max(differences), max(sizes), written.counts)
@@ -116,7 +116,7 @@ def _compared(encoder: ImageEncoder, form: str, written: Written, folder: Path) 
 def _loaded(form: str, written: Written, folder: Path, images: Float[Tensor, "n c s s"]) -> Tensor:
     names: dict[str, Any] = {"folder": str(folder), "images": images}
     try:
-        exec(written.code, names)  # ours, made of checked names: what the card shows is what was run
+        exec(written.code, names)  # our own code, built from checked names: the card shows what was run
         return torch.as_tensor(names["features"])
     except Exception as error:  # any library, any mismatch
         raise RuntimeError(f"the {form} export does not load: {first_line(error)}; nothing was kept") from error
@@ -129,7 +129,7 @@ def _refuse_taken(out: Path) -> None:
 
 @contextmanager
 def _whole_or_nothing(out: Path) -> Generator[Path]:
-    """A new folder beside `out` that takes its place at the end; after an error neither is there."""
+    """A temporary folder beside `out` that replaces it at the end; after an error, neither exists."""
     out = out.resolve()
     made = [parent for parent in out.parents if not parent.exists()]
     temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
@@ -137,7 +137,7 @@ def _whole_or_nothing(out: Path) -> Generator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         if out.is_dir():
-            out.rmdir()  # it was found to be empty
+            out.rmdir()  # it is empty, as checked before
         os.replace(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -36,7 +36,7 @@ CARD = """\
 
 {training}{measured}## Preparing images
 
-The short side is brought to {size} pixels (bilinear, antialiased), the centre is cut out, and channels are normalised:
+Resize the short side to {size} pixels (bilinear, antialiased), crop the centre and normalise the channels:
 
 ```python
 {preparation}
@@ -47,18 +47,18 @@ The short side is brought to {size} pixels (bilinear, antialiased), the centre i
 {about}
 
 ```python
-folder = "."  # this one
+folder = "."  # the folder of this file
 
 {code}
 ```
 
-This code was run on the files when they were written. On {counts} random images its features are the encoder's: the
-largest difference is {difference:.1e}, the largest feature {largest:.1e}.
+This code was run when the files were written. On {counts} random images, its features matched the encoder's: the
+largest difference was {difference:.1e}, the largest feature {largest:.1e}.
 
 ## Licence
 
-To be filled in by whoever publishes this, here and as `license` at the top. Weights are made from images: what may be
-done with those bears on what may be done with these.
+To be filled in by whoever publishes this, here and as `license` at the top. Weights are derived from the training
+images, so the licence of those may limit how these may be used.
 
 ## Versions
 
@@ -67,12 +67,12 @@ done with those bears on what may be done with these.
 
 
 class Check(NamedTuple):
-    """What came out when the written files were read back.
+    """Comparison of an export with the encoder.
 
     Attributes:
-        difference: largest between a feature of the encoder and of what was loaded.
-        largest: feature of the encoder, without its sign.
-        counts: images in each of the batches.
+        difference: largest absolute difference between features of the encoder and of the export.
+        largest: largest absolute feature of the encoder.
+        counts: images in each of the batches compared.
     """
 
     difference: float
@@ -81,13 +81,13 @@ class Check(NamedTuple):
 
 
 def model_card(subject: Subject, form: str, written: Written, check: Check) -> str:
-    """Markdown with the YAML head that Hugging Face reads.
+    """The model card: Markdown with the YAML header that Hugging Face reads.
 
     Args:
         subject: what was exported.
-        form: of the export.
-        written: what its exporter says.
-        check: of what was loaded.
+        form: format of the export.
+        written: what the exporter says about its files.
+        check: result of comparing the export with the encoder.
     """
     encoder, run = subject.encoder, subject.run
     variant = run.config.model.variant if run else None
@@ -100,13 +100,13 @@ def model_card(subject: Subject, form: str, written: Written, check: Check) -> s
         "tags": list(dict.fromkeys([*tags, *([f"moco-{variant}"] if variant else [])])),
     }
     heads = num_heads(encoder.backbone)
-    learnt = "." if variant is None else f", trained on images without labels by momentum contrast, {_method(variant)}."
+    learnt = "." if variant is None else f", trained on unlabelled images by momentum contrast, {_method(variant)}."
     return CARD.format(
-        # JSON is YAML, with every odd character escaped.
+        # JSON is valid YAML, with every special character escaped.
         front="".join(f"{name}: {json.dumps(value)}\n" for name, value in front.items()),
         title=plain(f"{run.path.resolve().name}: {encoder.name}" if run else encoder.name),
-        what=f"An image encoder: normalised images to {encoder.num_features} features{learnt}"
-        + (f" It has {heads} attention heads, which no tensor shows." if heads else ""),
+        what=f"An image encoder: it maps normalised images to {encoder.num_features} features{learnt}"
+        + (f" It has {heads} attention heads, which its tensors do not show." if heads else ""),
         training=_training(run) if run else "",
         measured=_measured(run) if run else "",
         size=encoder.input_size,
@@ -123,7 +123,7 @@ def model_card(subject: Subject, form: str, written: Written, check: Check) -> s
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of this package, Python, torch and the given distributions."""
+    """Versions of this package, Python, torch and the given distributions."""
     found = {"python": platform.python_version()}
     for name in dict.fromkeys(("moco-ssl", "torch", *packages)):
         try:
@@ -134,7 +134,7 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def plain(text: str) -> str:
-    """Text of anybody's as one line of Markdown that shows it as it is, also in a table."""
+    """Escape untrusted text, so that Markdown shows it unchanged on one line, also in a table."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return "".join("\\" + c if c in "\\`*_[]|#!~$" else html.escape(c, quote=False) for c in line)
 
@@ -152,7 +152,7 @@ def _training(run: Run) -> str:
         "recipe": config.recipe,
         "backbone": f"{model.backbone}, {model.stem} stem" + (", from published weights" if model.pretrained else ""),
         "views": f"{config.views.recipe}, {config.views.size} pixels",
-        "epochs": f"{config.epochs}" + (f", ended at step {config.steps}" if config.steps else ""),
+        "epochs": f"{config.epochs}" + (f", stopped at step {config.steps}" if config.steps else ""),
         "batch size": f"{config.batch_size}",
         "optimizer": f"{optim.name}, learning rate {optim.base_lr:g} per 256 images, {optim.schedule}",
         "temperature": f"{model.temperature:g}",
@@ -164,7 +164,7 @@ def _training(run: Run) -> str:
 
 
 def _measured(run: Run) -> str:
-    """Results at the end of training, and every evaluation that stands in the run."""
+    """Results at the end of training, and of every evaluation in the run."""
     rows = []
     for subject, figures in run.results.items():
         if isinstance(figures, dict):
@@ -179,9 +179,9 @@ def _measured(run: Run) -> str:
 
 
 def source(given: str) -> str:
-    """Where images came from; of a path on somebody's machine only what the folder is called."""
+    """Where images came from; for an absolute path, only the name of the folder."""
     if given == GIVEN:
-        return "handed over by a program"
+        return "passed in by a program"
     return Path(given).name if Path(given).is_absolute() or given.startswith("~") else given
 
 
@@ -190,7 +190,7 @@ def _numbers(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """Empty if the file is no evaluation: the card then goes without it."""
+    """Empty if the file is not an evaluation: the card then omits it."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

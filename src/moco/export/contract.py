@@ -14,8 +14,8 @@ class Subject(NamedTuple):
     """What is exported.
 
     Attributes:
-        encoder: a copy of its own, on the CPU, in fp32 and eval mode.
-        run: that it comes from, if any.
+        encoder: a copy of the encoder, on the CPU, in fp32 and eval mode.
+        run: the run that it comes from, if any.
     """
 
     encoder: ImageEncoder
@@ -23,30 +23,30 @@ class Subject(NamedTuple):
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The backbone's, by name."""
+        """The weights of the backbone, by name."""
         return {name: tensor.detach().contiguous() for name, tensor in self.encoder.backbone.state_dict().items()}
 
     @property
     def mean(self) -> list[float]:
-        """One per channel of the images, as `ImageEncoder.preprocess` takes them."""
+        """Mean of each channel, as `ImageEncoder.preprocess` uses it."""
         return _per_channel(self.encoder.mean, self.encoder.channels)
 
     @property
     def std(self) -> list[float]:
-        """Likewise."""
+        """Standard deviation of each channel, as `ImageEncoder.preprocess` uses it."""
         return _per_channel(self.encoder.std, self.encoder.channels)
 
 
 class Written(NamedTuple):
-    """What an exporter says of the files it has written.
+    """What an exporter says about the files it has written.
 
     Attributes:
-        code: Python that makes `features` of `images` `[n, c, h, w]` with the files in `folder`. The model card shows
-            it, and the export is done when it has been run and its features are the encoder's.
-        about: Markdown that stands above it in the card.
-        library: that loads the files, as Hugging Face names it.
-        packages: distributions, besides torch, whose versions the card gives.
-        counts: images in each of the batches that features are compared on.
+        code: Python code that computes `features` from `images` `[n, c, h, w]` with the files in `folder`. The model
+            card shows it; the export succeeds once this code has been run and its features match the encoder's.
+        about: Markdown text above the code in the card.
+        library: library that loads the files, as Hugging Face names it.
+        packages: distributions, besides torch, whose versions the card lists.
+        counts: images in each of the batches on which features are compared.
     """
 
     code: str
@@ -60,9 +60,9 @@ Exporter = Callable[[Subject, Path], Written]
 """Writes files into an empty folder.
 
 Raises:
-    ValueError: the format cannot hold this encoder; says which one can.
+    ValueError: the format cannot hold this encoder; the message says which one can.
     ImportError: an extra is not installed.
-    RuntimeError: what was written does not read back as it should.
+    RuntimeError: the files do not read back as expected.
 """
 
 

@@ -1,4 +1,4 @@
-"""An encoder's network in the words of timm and torchvision: what to call there, and what to change afterwards."""
+"""An encoder's network in terms of timm and torchvision: what to call there, and what to change afterwards."""
 
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ class TorchvisionNetwork(NamedTuple):
         return "\n".join(["import torch", "import torchvision", "", created, *self.changes])
 
     def load(self, weights: str) -> str:
-        """Statements that load `weights`, an expression, without the classifier, and make `features`."""
+        """Statements that load `weights`, an expression, without the classifier, and compute `features`."""
         return "\n".join(
             [
                 f"left = model.load_state_dict({weights}, strict=False)",
@@ -56,7 +56,7 @@ class TorchvisionNetwork(NamedTuple):
 
 
 def in_timm(encoder: ImageEncoder) -> TimmNetwork | None:
-    """The network as timm makes it; None: timm does not know it."""
+    """The network as timm creates it; None if timm does not have it."""
     name = encoder.name
     arguments: dict[str, Any] = {} if encoder.channels == 3 else {"in_chans": encoder.channels}
     backbone = encoder.backbone
@@ -71,20 +71,20 @@ def in_timm(encoder: ImageEncoder) -> TimmNetwork | None:
     else:
         return None
     if isinstance(backbone, VisionTransformer):
-        # Weights fit any number, features do not: timm's own of width 384 has 6, v3's 12.
+        # Weights load with any number of heads but features differ: at width 384, timm's ViT has 6 and v3's 12.
         arguments |= {"num_heads": num_heads(backbone)}
     return TimmNetwork(architecture, arguments | size_options(architecture), changes)
 
 
 def in_torchvision(encoder: ImageEncoder, *, form: str) -> TorchvisionNetwork:
-    """The network as torchvision makes it.
+    """The network as torchvision creates it.
 
     Args:
-        encoder: any.
-        form: of the export, for the message.
+        encoder: any encoder.
+        form: format of the export, for the message.
 
     Raises:
-        ValueError: torchvision has no such network, or calls its parameters otherwise.
+        ValueError: torchvision has no such network, or names its parameters differently.
     """
     name = encoder.name.partition(".")[0]
     if encoder.name in VITS or name not in torchvision.models.list_models(module=torchvision.models):
@@ -98,7 +98,8 @@ def in_torchvision(encoder: ImageEncoder, *, form: str) -> TorchvisionNetwork:
     changes = _stem(encoder, "relu") if is_resnet and (_small(encoder) or other == ["conv1.weight"]) else ()
     if len(left) != 1 or not left <= {"fc", "classifier", "head", "heads"} or other not in ([], ["conv1.weight"]):
         raise ValueError(
-            f"torchvision's {name} has other parameters than this encoder, which is timm's; {INSTEAD}, or --format timm"
+            f"torchvision's {name} has different parameters from this encoder, which is timm's; {INSTEAD}, or "
+            "--format timm"
         )
     if other and not changes:
         raise ValueError(f"torchvision's {name} does not take {encoder.channels} channels; {INSTEAD}")
@@ -106,7 +107,7 @@ def in_torchvision(encoder: ImageEncoder, *, form: str) -> TorchvisionNetwork:
 
 
 def standalone(encoder: ImageEncoder) -> tuple[str, str]:
-    """Python that makes the network as `model`, without weights and without this package; and the library it takes."""
+    """Python code that builds the network as `model`, without weights or this package; and the library it needs."""
     network = in_timm(encoder)
     if network:
         return network.code, "timm"
@@ -115,7 +116,10 @@ def standalone(encoder: ImageEncoder) -> tuple[str, str]:
     if encoder.name in torchvision.models.list_models(module=torchvision.models):
         head = next(each for each in ("fc", "classifier", "head", "heads") if hasattr(encoder.backbone, each))
         return TorchvisionNetwork(encoder.name, head, (f"model.{head} = torch.nn.Identity()",)).code, "torchvision"
-    raise ValueError(f"backbone {encoder.name!r} is of neither timm nor torchvision: nothing could load its export")
+    raise ValueError(
+        f"backbone {encoder.name!r} is in neither timm nor torchvision, so no other program could load an export; use "
+        "moco.load_encoder"
+    )
 
 
 def _small(encoder: ImageEncoder) -> bool:
@@ -123,7 +127,7 @@ def _small(encoder: ImageEncoder) -> bool:
 
 
 def _stem(encoder: ImageEncoder, activation: str) -> tuple[str, ...]:
-    """Changes to a ResNet's; `activation` is what the library calls the one behind its first batch norm."""
+    """Changes to a ResNet's stem; `activation` is the library's name for the activation after its first batch norm."""
     backbone = encoder.backbone
     lines = [f"model.conv1 = {_conv(backbone.get_submodule('conv1'))}"]
     for ours, theirs in (("act1", activation), ("maxpool", "maxpool")):

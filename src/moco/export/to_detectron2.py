@@ -1,6 +1,6 @@
-"""What detectron2 reads as a pre-trained backbone: a pickle with detectron2's own names.
+"""A pre-trained backbone for detectron2: a pickle with detectron2's own names.
 
-detectron2 itself is not asked; the file is read back and its names are turned into torchvision's again.
+detectron2 itself is not needed: the file is checked by reading it back and turning its names into torchvision's again.
 """
 
 import pickle
@@ -16,8 +16,8 @@ from moco.export.networks import INSTEAD, TorchvisionNetwork, in_torchvision
 from moco.run import write_atomically
 
 ABOUT = """\
-`model.pkl` has detectron2's names of a ResNet and loads as `MODEL.WEIGHTS`. detectron2 has to be told that this is
-torchvision's kind of ResNet, fed with RGB:
+`model.pkl` has detectron2's names for a ResNet and loads as `MODEL.WEIGHTS`. These settings tell detectron2 that this
+is torchvision's kind of ResNet, with RGB input:
 
 ```yaml
 INPUT:
@@ -37,7 +37,7 @@ MODEL:
     NORM: SyncBN
 ```
 
-detectron2 was not there when this was written: the code below, which turns the names back, is what was run."""
+detectron2 itself was not run when this was written; the code below, which turns the names back, was."""
 
 CODE = """\
 import pickle
@@ -59,14 +59,14 @@ weights = {{torchvision_name(name): torch.from_numpy(array) for name, array in a
 
 
 def write(subject: Subject, folder: Path) -> Written:
-    """ResNets with their usual stem, wide ones and ResNeXt among them."""
+    """Write a ResNet with the usual stem, which may be a wide one or a ResNeXt."""
     encoder = subject.encoder
     network = in_torchvision(encoder, form="detectron2")
     theirs = torchvision.models.get_model(network.name)
     if not isinstance(theirs, torchvision.models.ResNet):
-        raise ValueError(f"--format detectron2 is for ResNets, the encoder is {encoder.name!r}; {INSTEAD}")
+        raise ValueError(f"--format detectron2 is for ResNets, but the encoder is {encoder.name!r}; {INSTEAD}")
     if network.changes:
-        raise ValueError(f"detectron2's ResNets have a 7x7 stem for 3 channels, this encoder has another; {INSTEAD}")
+        raise ValueError(f"detectron2's ResNets have a 7x7 stem for 3 channels, but this encoder does not; {INSTEAD}")
     arrays = {detectron2_name(name): tensor.numpy() for name, tensor in subject.weights.items()}
     content = {"model": arrays, "__author__": "MOCO", "matching_heuristics": True}
     write_atomically(folder / "model.pkl", lambda file: _Pickler(file, protocol=4).dump(content))
@@ -74,7 +74,7 @@ def write(subject: Subject, folder: Path) -> Written:
 
 
 def detectron2_name(name: str) -> str:
-    """Of torchvision's name of a ResNet's parameter."""
+    """Detectron2's name for a parameter that torchvision's ResNet calls `name`."""
     name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
     name = re.sub(r"bn(\d)", r"conv\1.norm", name)
     name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
@@ -82,7 +82,7 @@ def detectron2_name(name: str) -> str:
 
 
 class _Pickler(pickle.Pickler):
-    """Arrays in a form that numpy of any age reads back: numpy 2's own names modules that numpy 1 does not have."""
+    """Pickles arrays so that any numpy can read them: numpy 2's own form names modules that numpy 1 does not have."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):

@@ -1,4 +1,4 @@
-"""The layout of the authors' own checkpoints, which many tools read: v1 and v2's, and v3's."""
+"""The layout of the authors' own checkpoints, which many tools read: that of v1 and v2, and that of v3."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from moco.vit import VITS
 
 ABOUT = """\
 `checkpoint.pth.tar` holds `epoch`, `arch` and `state_dict`, named as in the authors' code (the encoder under
-`{prefix}`), for their linear classification and every tool that reads their files. There is no optimizer
-in it: their training cannot be continued from it.
+`{prefix}`), for their linear classification and every tool that reads their files. It holds no optimizer,
+so their code cannot resume training from it.
 
 {held}"""
 
@@ -28,13 +28,13 @@ weights = {{name: tensor for name, tensor in weights.items() if not name.startsw
 {loading}"""
 
 WHOLE = """\
-Besides the query encoder it holds the head, the key encoder and {rest}. The key encoder has made one update more than
-in the authors' files: theirs moves it before a step, here it moves after."""
-BARE = "It holds the backbone of the query encoder only{why}."
+Besides the query encoder, it holds the head, the key encoder and {rest}. The key encoder is one update ahead of that in
+the authors' files: their code updates it before a step, this one after it."""
+BARE = "It holds only the backbone of the query encoder{why}."
 
 
 def write(subject: Subject, folder: Path) -> Written:
-    """ResNets with their usual stem, and v3's vision transformers; all of the model where it comes from a run."""
+    """Write a ResNet with the usual stem or one of v3's vision transformers; from a run, the whole model."""
     encoder, run = subject.encoder, subject.run
     is_v3 = run.config.model.variant == "v3" if run else encoder.name in VITS
     prefix, key_prefix = (
@@ -48,8 +48,8 @@ def write(subject: Subject, folder: Path) -> Written:
         theirs = in_torchvision(encoder, form="official")
         if theirs.changes or theirs.head != "fc":
             raise ValueError(
-                f"the official code has ResNets with a 7x7 stem for 3 channels, this encoder ({encoder.name!r}) is "
-                "another; use --format torchvision or safetensors"
+                f"the official code has ResNets with a 7x7 stem for 3 channels, but this encoder ({encoder.name!r}) is "
+                "different; use --format torchvision or safetensors"
             )
         architecture, head, packages = theirs.name, theirs.head, ("torchvision",)
         network, loading = theirs.code, theirs.load("weights")
@@ -65,22 +65,22 @@ def write(subject: Subject, folder: Path) -> Written:
 
 
 def _rest(subject: Subject, prefix: str, key_prefix: str, head: str) -> tuple[dict[str, Tensor], str, int]:
-    """What a run has besides the backbone, by the official names; or why nothing; and the epochs that are done."""
+    """What a run has besides the backbone, by the official names; why there is nothing, if so; and completed epochs."""
     run = subject.run
     if run is None:
         return {}, "", 0
     if not run.last.is_file():
-        return {}, ", as the run has no checkpoint", 0
+        return {}, ", because the run has no checkpoint", 0
     state = checkpoint.load(run.last)
     ours = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state["model"].items()}
     epoch = _epochs(run, state["step"])
     backbone = _part(ours, "query_encoder.backbone.", "")
     weights = subject.weights
     if backbone.keys() != weights.keys() or any(not torch.equal(backbone[name], weights[name]) for name in weights):
-        return {}, ", as the run's last checkpoint is of another step than its encoder", epoch
+        return {}, ", because the run's last checkpoint is from another step than its encoder", epoch
     model = run.config.model
     if model.variant != "v3" and model.head == "mlp_bn":
-        return {}, ", as the official code has no head with batch norm", epoch
+        return {}, ", because the official code has no head with batch norm", epoch
     named = _part(ours, "query_encoder.projector.", f"{prefix}{head}.")
     named |= _part(ours, "key_encoder.backbone.", key_prefix)
     named |= _part(ours, "key_encoder.projector.", f"{key_prefix}{head}.")
@@ -96,5 +96,5 @@ def _part(tensors: dict[str, Tensor], prefix: str, new: str) -> dict[str, Tensor
 
 
 def _epochs(run: Run, step: int) -> int:
-    """Completed at that step, as far as the metrics tell."""
+    """Epochs completed at that step, according to the metrics."""
     return int(max((row["epoch"] for row in run.metrics if row["step"] <= step), default=0))

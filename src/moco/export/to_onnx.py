@@ -18,7 +18,7 @@ from moco.run import write_atomically
 from moco.unpickle import first_line
 
 IN_ONE_FILE = 1_900_000_000
-"""Bytes of weights; protobuf, the file's format, ends at 2 GiB, and weights beyond go into a second file."""
+"""Most bytes of weights in one file: protobuf files are limited to 2 GiB, so larger weights go into a second file."""
 
 CODE = """\
 import onnxruntime
@@ -27,13 +27,13 @@ session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
 [features] = session.run(["features"], {"images": images.numpy()})"""
 
 ABOUT = """\
-`model.onnx` (opset {opset}) takes `images`, float32 `[n, {channels}, {size}, {size}]`, any number n at a time, and
-gives `features`, float32 `[n, {features}]`. It does not normalise: prepare images as described above, which
-`preprocessing.json` says to programs."""
+`model.onnx` (opset {opset}) takes `images`, float32 `[n, {channels}, {size}, {size}]` with any n, and returns
+`features`, float32 `[n, {features}]`. It does not normalise: prepare images as described above, or as given in
+`preprocessing.json` for programs."""
 
 
 def write(subject: Subject, folder: Path) -> Written:
-    """Any encoder that torch can trace; images of the encoder's input size, any number of them."""
+    """Write any encoder that torch can trace, for any number of images of the encoder's input size."""
     _need("onnx", "onnxscript", "onnxruntime")
     encoder = subject.encoder
     size, channels, weights = encoder.input_size, encoder.channels, subject.weights
@@ -72,7 +72,7 @@ def write(subject: Subject, folder: Path) -> Written:
     text = json.dumps(about, indent=2) + "\n"
     write_atomically(folder / "preprocessing.json", lambda file: file.write(text.encode()))
     told = ABOUT.format(opset=opset, size=size, channels=channels, features=encoder.num_features)
-    # Two sizes of batch: a traced network may have learnt the one it was traced with by heart.
+    # Two batch sizes: a traced network may be fixed to the one it was traced with.
     return Written(CODE, told, "onnx", ("onnx", "onnxscript", "onnxruntime"), counts=(2, 3))
 
 
@@ -82,13 +82,13 @@ def _need(*packages: str) -> None:
             importlib.import_module(package)
         except ImportError:
             raise ImportError(
-                f"--format onnx needs {package}, which is not installed; pip install moco-ssl[onnx]"
+                f"--format onnx needs {package}, which is not installed; run pip install moco-ssl[onnx]"
             ) from None
 
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """The exporter tells its progress, and what it finds deprecated in itself."""
+    """Silence the exporter, which prints its progress and its own deprecation warnings."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

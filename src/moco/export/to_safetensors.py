@@ -1,4 +1,4 @@
-"""Our own format, which holds every encoder; the card says how to do without this package."""
+"""Our own format, which can hold every encoder; the card says how to load it without this package."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from moco.export.contract import Subject, Written
 from moco.export.networks import standalone
 
 ABOUT = """\
-With this package, `moco.load_encoder("FOLDER")` gives an encoder that also prepares images. Without it, the code here
-makes the same network with `{library}`."""
+With this package, `moco.load_encoder("FOLDER")` returns an encoder that also prepares images. Without it, the code
+below builds the same network with `{library}`."""
 
 
 def write(subject: Subject, folder: Path) -> Written:
-    """Any encoder that `load_encoder` can build."""
+    """Write any encoder that `load_encoder` can build."""
     network, library = standalone(subject.encoder)
     save_encoder(folder, subject.encoder)
     code = "\n".join(

@@ -1,4 +1,4 @@
-"""timm's folder of a model: config.json and model.safetensors, as `timm.create_model("local-dir:...")` reads them."""
+"""A model folder for timm: config.json and model.safetensors, as `timm.create_model("local-dir:...")` reads them."""
 
 import json
 import math
@@ -21,24 +21,24 @@ model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 features = model(images)"""
 
 ABOUT = """\
-`timm` makes the network from `config.json` and takes the weights beside it; `num_classes=10` would put a new, untrained
-classifier behind it. `timm.data.resolve_model_data_config(model)` gives the preparation of images that is described
-above, for `timm.data.create_transform`. Uploaded to the Hugging Face hub, the folder loads as `hf-hub:NAME/OF-IT`."""
+`timm` builds the network from `config.json` and loads the weights beside it; `num_classes=10` would add a new,
+untrained classifier. `timm.data.resolve_model_data_config(model)` returns the image preparation described above, for
+`timm.data.create_transform`. Uploaded to the Hugging Face hub, the folder loads as `hf-hub:NAME/OF-IT`."""
 
 
 def write(subject: Subject, folder: Path) -> Written:
-    """Any network of timm, v3's vision transformers and ResNets with their usual stem."""
+    """Write any network that timm has, one of v3's vision transformers, or a ResNet with the usual stem."""
     encoder, network = subject.encoder, in_timm(subject.encoder)
     if network is None:
         raise ValueError(f"timm has no network {encoder.name!r}; {INSTEAD}")
     if network.changes:
         what = "small-image stem" if encoder.stem != "imagenet" else "convolutional stem"
-        raise ValueError(f"timm has no {network.architecture} with a {what}; {INSTEAD}, and its card loads it by timm")
+        raise ValueError(f"timm has no {network.architecture} with a {what}; {INSTEAD}; its card loads it with timm")
     about: Any = timm.get_pretrained_cfg(network.architecture)
     arguments = network.arguments
     any_size = not arguments.keys().isdisjoint({"dynamic_img_size", "strict_img_size"})
     if any_size:
-        # What the positions were made for, which is not the size that images are brought to.
+        # The size that the position embeddings were made for, which is not the size images are resized to.
         patches: Any = encoder.backbone.get_submodule("patch_embed")
         arguments = arguments | {"img_size": list(patches.img_size)}
     prepared = {
@@ -54,7 +54,7 @@ def write(subject: Subject, folder: Path) -> Written:
         "num_classes": 0,
         "num_features": encoder.num_features,
         "model_args": arguments,
-        # Whole: a field that is left out is filled by timm from another checkpoint of that architecture.
+        # Complete: timm fills in missing fields from another checkpoint of that architecture.
         "pretrained_cfg": {
             "tag": "moco",
             "custom_load": False,
@@ -75,7 +75,7 @@ def write(subject: Subject, folder: Path) -> Written:
 
 
 def _check_preparation(folder: Path, expected: dict[str, Any]) -> None:
-    with torch.device("meta"):  # what timm reads, without the time that weights take
+    with torch.device("meta"):  # what timm reads, without spending time on weights
         model = timm.create_model(f"local-dir:{folder}")
     for at_test in (False, True):
         found = resolve_model_data_config(model, use_test_size=at_test)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whoever wrote it, under the names that our models have for it."""
+"""The content of a checkpoint, whichever program wrote it, under the names that our models use."""
 
 import re
 from dataclasses import dataclass, replace
@@ -25,33 +25,34 @@ PARTS = (
     (r"predictor\.", "predictor."),
     (r"queue\.(?=(keys|ids|pointer)$)", "queue."),
 )
-"""What lies beside an encoder, and its name in ours."""
+"""Parts that a file may hold besides encoders, and their names in our models."""
 IN_TRAINING = ("optimizer", "random", "meter", "callbacks")
 MOST_NAMES, DEEPEST, LONGEST = 100_000, 5, 1000
-"""Names in a file, dictionaries in one another and characters in a name; a large model has some thousand names."""
+"""Limits on the names in a file, the nesting of dictionaries and the length of a name; a large model has a few thousand
+names."""
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A checkpoint, understood.
+    """The recognised content of a checkpoint.
 
     Attributes:
-        system: what wrote it, in words.
-        network: the backbone with the weights in it.
-        backbone: its name, as `build_backbone` takes it.
-        stem: likewise.
-        channels: of the images.
-        tensors: by the names that a model of ours has for them: `query_encoder.backbone.conv1.weight`, `queue.keys`.
-        mean: per channel, of images in [0, 1].
-        std: likewise.
-        input_size: side in pixels.
-        told: mean and standard deviation are the file's own, not what its system is known to take.
-        others: names in the file that have no place in ours.
-        prefix: under which the encoder lay.
-        optimizer: state by the names of `tensors`; None: the file has none that fits its tensors.
+        system: the program that wrote it, in words.
+        network: the backbone, with its weights loaded.
+        backbone: name of the backbone, as `build_backbone` takes it.
+        stem: stem of the backbone, as `build_backbone` takes it.
+        channels: channels of the images.
+        tensors: tensors under the names of our models: `query_encoder.backbone.conv1.weight`, `queue.keys`.
+        mean: mean of each channel, for images in [0, 1].
+        std: standard deviation of each channel, for images in [0, 1].
+        input_size: side of the images in pixels.
+        told: whether mean and standard deviation come from the file, rather than from what its program usually uses.
+        others: names in the file that have no counterpart in our models.
+        prefix: prefix of the encoder's names in the file.
+        optimizer: optimizer state by the names in `tensors`; None if the file has none that fits its tensors.
         epoch: completed epochs, if the file says so.
-        heads_assumed: the number of attention heads follows from the name that was given, and from nothing else.
-        remarks: what else should be known.
+        heads_assumed: whether the number of attention heads is only assumed from the name that was given.
+        remarks: anything else worth knowing.
     """
 
     system: str
@@ -72,14 +73,14 @@ class Foreign:
     remarks: tuple[str, ...] = ()
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under a prefix, by the rest of their names."""
+        """The tensors whose names start with a prefix, with the prefix removed."""
         return {name[len(prefix) :]: each for name, each in self.tensors.items() if name.startswith(prefix)}
 
     def summary(self, *used: str) -> str:
-        """One line: what was matched, and what else is in the file.
+        """One line that says what was matched, and what else is in the file.
 
         Args:
-            used: prefixes of tensors that are used besides the backbone's.
+            used: prefixes of tensors that are used in addition to the backbone's.
         """
         groups = (("head", QUERY_HEAD), ("key encoder", KEY), ("predictor", "predictor."), ("queue", "queue."))
         ignored = [f"{what} ({len(self.part(p))})" for what, p in groups if self.part(p) and p not in used]
@@ -96,16 +97,16 @@ class Foreign:
 
 
 def recognise(state: Any, path: Path, *, backbone: str | None = None, num_heads: int | None = None) -> Foreign:
-    """What the content of a file is.
+    """Recognise the content of a file.
 
     Args:
-        state: as `unpickle.read` gives it.
-        path: for messages.
-        backbone: its name; not given: found by names and shapes.
-        num_heads: of a transformer's attention, where a card says so; not given: what the file says, if anything.
+        state: content as `unpickle.read` returns it.
+        path: file name for messages.
+        backbone: name of the network; not given: found by the names and shapes of tensors.
+        num_heads: attention heads of a transformer, if a card says so; not given: what the file says, if anything.
 
     Raises:
-        ValueError: one line: no known network in it, not all of its tensors, or a network that only seems to fit.
+        ValueError: there is no known network in it, tensors are missing, or a network only appears to fit.
     """
     tensors, config = _flat(state, path), _own_settings(state)
     backbone = config.model.backbone if config and backbone is None else backbone
@@ -118,8 +119,8 @@ def recognise(state: Any, path: Path, *, backbone: str | None = None, num_heads:
     name = heads.network_of(weights, name=backbone, likely=likely, told=told, path=path)
     if not found or name is None:
         raise ValueError(
-            f"{path} holds no {backbone or 'network that is known here'}, its first names are "
-            f"{', '.join(list(tensors)[:3]) or 'none'}; name its network with --backbone"
+            f"{path} holds no {backbone or 'known network'}; its first tensors are "
+            f"{', '.join(list(tensors)[:3]) or 'none'}: name its network with --backbone"
         )
     best = found[0]
     stem = config.model.stem if config else odd_stem(tensors, state, best, weights, path)
@@ -129,7 +130,7 @@ def recognise(state: Any, path: Path, *, backbone: str | None = None, num_heads:
     assumed = () if config else heads.assumption(network, weights, name=name, told=told)
     remarks += assumed
     if best.follows:
-        remarks += ("only an encoder that follows another is in it",)
+        remarks += ("it holds only a momentum encoder",)
     renamed = _renamed(tensors, found, network)
     placed = {ours: _placed(ours, theirs, tensors[theirs]) for theirs, ours in renamed.items()}
     small, system = stem != "imagenet" or name in BACKBONES, system_of(tensors, state, best)
@@ -156,9 +157,9 @@ def recognise(state: Any, path: Path, *, backbone: str | None = None, num_heads:
 
 
 def _flat(state: Any, path: Path) -> dict[str, Tensor]:
-    """Tensors by their path through nested dictionaries, without what training alone needs.
+    """Tensors by their path through nested dictionaries, without those that only training needs.
 
-    A dictionary in many places is there as often, so a small file may hold more names than there is time for.
+    A dictionary that occurs in many places is counted each time, so that even a small file may hold too many names.
     """
     flat: dict[str, Tensor] = {}
     levels, count = [("", iter(state.items()))] if isinstance(state, dict) else [], 0
@@ -173,7 +174,7 @@ def _flat(state: Any, path: Path) -> dict[str, Tensor]:
         name, value, count = prefix + entry[0], entry[1], count + 1
         if count > MOST_NAMES or len(name) > LONGEST:
             what = f"{MOST_NAMES:,} names" if count > MOST_NAMES else f"{LONGEST:,} characters in a name"
-            raise ValueError(f"{path} is no checkpoint: it has more than {what}")
+            raise ValueError(f"{path} is not a checkpoint of a network: it has more than {what}")
         if isinstance(value, Tensor) and value.layout == strided and not value.is_meta:
             flat[name] = value
         elif isinstance(value, dict) and len(levels) < DEEPEST and not name.startswith(IN_TRAINING):
@@ -187,7 +188,7 @@ def _own_settings(state: Any) -> PretrainConfig | None:
 
 
 def _renamed(tensors: dict[str, Tensor], found: list[Found], network: nn.Module) -> dict[str, str]:
-    """From the file's names to ours, of all that has a place in a model of ours."""
+    """Map the file's names to ours, for all tensors that have a counterpart in our models."""
     best, ours = found[0], network.state_dict()
     key = next((each for each in found if each.follows and each.layout == best.layout and each is not best), None)
     renamed: dict[str, str] = {}
@@ -215,14 +216,14 @@ def _renamed(tensors: dict[str, Tensor], found: list[Found], network: nn.Module)
 
 
 def _placed(ours: str, theirs: str, tensor: Tensor) -> Tensor:
-    """The official queue has a key a column, ours a key a row."""
+    """Bring a tensor into our layout: the official queue has one key per column, ours one per row."""
     if ours == "queue.keys" and theirs.endswith("queue"):
         return tensor.T.contiguous()
     return tensor.reshape(()) if ours == "queue.pointer" and tensor.numel() == 1 else tensor
 
 
 def _optimizer(state: Any, tensors: dict[str, Tensor], renamed: dict[str, str]) -> dict[str, dict[str, Any]] | None:
-    """State by name: the official optimizers count the parameters of the whole model, frozen ones too, in its order."""
+    """Optimizer state by name; the official code numbers all parameters of the model in order, frozen ones included."""
     held = state.get("optimizer")
     prefix = "state_dict." if isinstance(state.get("state_dict"), dict) else ""
     buffers = (".running_mean", ".running_var", COUNTER, "queue", "queue_ptr")
@@ -245,12 +246,12 @@ def _row(values: tuple[float, ...]) -> str:
 
 
 def _with_settings(foreign: Foreign, state: Any, config: PretrainConfig | None, path: Path) -> Foreign:
-    """With what a file says of its images, where it does."""
+    """Add what a file says about its images, if anything."""
     if config:
         if config.views.recipe not in VIEWS:
             raise ValueError(
-                f"{path} names code to import, views.recipe {config.views.recipe!r}, which is not done unasked; give "
-                "the folder of its run"
+                f"{path} names code to import, views.recipe {config.views.recipe!r}, which is never imported from "
+                "a checkpoint; give the folder of its run"
             )
         spec = view_specs(config.views)[0]
         return replace(

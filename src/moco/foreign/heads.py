@@ -1,7 +1,7 @@
-"""How many attention heads: no tensor shows it, weights load with any number, and features mean nothing with another.
+"""The number of attention heads, which tensors do not show: with a wrong one, weights load but features are useless.
 
-MoCo v3's ViT-S has 12, that of timm and DeiT 6 (arXiv:2104.02057, section 4). Untouched, v3's is known by its computed
-positions; trained on elsewhere with positions that learn, it looks like the others.
+MoCo v3's ViT-S has 12 heads, timm's and DeiT's has 6 (arXiv:2104.02057, section 4). v3's is recognised by its computed
+positions; fine-tuned elsewhere with learned positions, it looks like the others.
 """
 
 from pathlib import Path
@@ -13,23 +13,23 @@ from moco.foreign.layouts import are_computed, places_of
 from moco.vit import HEADS, PATCH, VITS
 
 _WIDTH = 384
-"""Of a ViT-S; models of other widths have the same number of heads everywhere."""
+"""Width of a ViT-S; models of other widths have the same number of heads everywhere."""
 
 
 def network_of(
     weights: dict[str, Tensor], *, name: str | None, likely: str | None, told: int | None, path: Path
 ) -> str | None:
-    """The network to build; None: it is not known.
+    """Name of the network to build; None if unknown.
 
     Args:
-        weights: by the network's names.
-        name: of the network, where somebody gave it.
-        likely: what the weights look like.
-        told: number of heads, where the file or a card beside it says it.
-        path: for messages.
+        weights: weights by the network's names.
+        name: name of the network, if it was given.
+        likely: name of the network that the weights look like.
+        told: number of heads, if the file or a card beside it says it.
+        path: file name for messages.
 
     Raises:
-        ValueError: the name contradicts the positions, or the weights may be of 6 heads as well as of 12.
+        ValueError: the name contradicts the positions, or the network may have either 6 or 12 heads.
     """
     places = places_of(weights)
     if places is None or places.shape[2] != _WIDTH:
@@ -38,8 +38,9 @@ def network_of(
     if are_computed(places):
         if name is not None and name not in VITS:
             raise ValueError(
-                f"{path} is a ViT-S of MoCo v3: computed positions and {HEADS} heads; {name} has other heads, which "
-                "shows in no tensor and would make its features meaningless: give vit-small-v3 as the backbone"
+                f"{path} is a ViT-S of MoCo v3: it has computed positions and {HEADS} attention heads; {name} has a "
+                "different number, which the tensors cannot show and which would make the features useless: give "
+                "vit-small-v3 as the backbone"
             )
         return name or likely
     of_v3 = "vit-conv-small-v3" if conv else "vit-small-v3"
@@ -49,23 +50,23 @@ def network_of(
     if told is None:
         other = "" if conv else f"--backbone {likely} for timm's or DeiT's with 6, "
         raise ValueError(
-            f"{path} is a ViT-S with learned positions, whose number of attention heads no tensor shows, and another "
-            f"would make its features meaningless: give {other}--backbone {of_v3} for one of MoCo v3 with {HEADS}"
+            f"{path} is a ViT-S with learned positions; its tensors do not show its number of attention heads, and a "
+            f"wrong one would make the features useless: give {other}--backbone {of_v3} for one of MoCo v3 with {HEADS}"
         )
     return of_v3 if told == HEADS else likely
 
 
 def refuse_others(network: nn.Module, *, name: str, told: int | None, path: Path) -> None:
-    """Raises ValueError if the network has another number of heads than the file or its card says."""
+    """Raise ValueError if the network does not have the number of heads that the file or its card says."""
     ours = num_heads(network)
     if told is not None and ours is not None and told != ours:
-        raise ValueError(f"{path} is said to have {told} attention heads, {name} has {ours}: give another --backbone")
+        raise ValueError(f"{path} says it has {told} attention heads, but {name} has {ours}: give another --backbone")
 
 
 def assumption(network: nn.Module, weights: dict[str, Tensor], *, name: str, told: int | None) -> tuple[str, ...]:
-    """A remark where the number of heads follows from a name that somebody gave, and from nothing else."""
+    """A remark if the number of heads is only assumed from the name that was given."""
     places = places_of(weights)
     if told is not None or places is None or places.shape[2] != _WIDTH or are_computed(places):
         return ()
     heads = num_heads(network)
-    return () if heads is None else (f"{heads} attention heads assumed, as {name} has, for no tensor shows them",)
+    return () if heads is None else (f"{heads} attention heads assumed, as in {name}; the tensors do not show them",)

@@ -1,4 +1,4 @@
-"""Where in a file an encoder lies, and of which network it is: by the names and shapes of tensors alone."""
+"""Where in a file an encoder is, and which network it is, from the names and shapes of tensors alone."""
 
 import re
 from typing import NamedTuple
@@ -10,9 +10,9 @@ from torch import Tensor
 from moco.vit import VITS, positions
 
 FOLLOWS = re.compile(r"(^|\.|_)(momentum|teacher|encoder_k|key_encoder|ema|target)(_|\.|$)")
-"""Prefixes of an encoder that follows another."""
+"""Prefixes of a momentum encoder."""
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-# A ResNet may also lie in an nn.Sequential of its children, by number; the head behind them may be number 9.
+# A ResNet may also be saved as an nn.Sequential of its children, by number; the head after them may be number 9.
 LAYOUTS: dict[str, dict[str, str]] = {
     "names": {},
     "children": {"0": "conv1", "1": "bn1", **dict(zip("4567", STAGES, strict=True))},
@@ -28,8 +28,8 @@ ANCHORS = {
     "3.0.conv1.weight": "children without pooling",
     "2.0.conv1.weight": "children without ReLU",
 }
-"""A tensor that each network known here has, and the layout that it is a sign of."""
-# Blocks a stage, channels and channels a group of the first 3x3 convolution, whether blocks are bottlenecks.
+"""Tensors by which known networks are found, and the layout that each implies."""
+# Blocks per stage, channels and channels per group of the first 3x3 convolution, whether blocks are bottlenecks.
 RESNETS = {
     ((2, 2, 2, 2), 64, 64, False): "resnet18",
     ((3, 4, 6, 3), 64, 64, False): "resnet34",
@@ -43,17 +43,17 @@ RESNETS = {
     ((3, 4, 23, 3), 256, 4, True): "resnext101_64x4d",
 }
 SMALL_RESNETS = {32: "resnet-tiny", 48: "resnet-mini"}
-"""By the channels of the first convolution."""
+"""Our small ResNets by the channels of their first convolution."""
 VIT_SIZES = {192: ("tiny", 12), 384: ("small", 12), 768: ("base", 12), 1024: ("large", 24)}
-"""By the width, with the number of blocks."""
+"""Sizes of vision transformers by their width, with the number of blocks."""
 
 
 MOST_ENCODERS = 100
-"""In a file; a file of more is not searched further."""
+"""Most encoders that are searched for in a file."""
 
 
 class Found(NamedTuple):
-    """An encoder in a file: `names` from the file's to the backbone's, its head's among them."""
+    """An encoder in a file; `names` maps the file's names to the backbone's, including those of its head."""
 
     prefix: str
     layout: str
@@ -62,11 +62,11 @@ class Found(NamedTuple):
 
 
 def find(tensors: dict[str, Tensor], first: str | None = None) -> list[Found]:
-    """The encoders in a file, those that follow another last.
+    """Find the encoders in a file; momentum encoders come last.
 
     Args:
-        tensors: of the file, by name.
-        first: name of the first tensor of the network to look for; not given: any that is known.
+        tensors: tensors of the file, by name.
+        first: name of the first tensor of the network to look for; not given: any known network.
     """
     anchors = ANCHORS if first is None else {first: "names"}
     found: dict[str, Found] = {}
@@ -91,7 +91,7 @@ def _renumbered(name: str, layout: dict[str, str]) -> str:
 
 
 def architecture(weights: dict[str, Tensor]) -> str | None:
-    """The network that tensors are of, as `build_backbone` calls it; None: of no size that is known."""
+    """Name of the network with these tensors, as `build_backbone` takes it; None if its size is unknown."""
     if "layer1.0.conv2.weight" in weights and "conv1.weight" in weights:
         blocks = tuple(_count(weights, f"{stage}.") for stage in STAGES)
         return RESNETS.get((blocks, *weights["layer1.0.conv2.weight"].shape[:2], "layer1.0.conv3.weight" in weights))
@@ -116,13 +116,13 @@ def _count(weights: dict[str, Tensor], prefix: str) -> int:
 
 
 def places_of(weights: dict[str, Tensor]) -> Float[Tensor, "1 n d"] | None:
-    """The positions of a vision transformer's tokens."""
+    """The position embeddings of a vision transformer; None if there are none."""
     places = weights.get("pos_embed")
     return places if places is not None and places.ndim == 3 and len(places) == 1 else None
 
 
 def are_computed(places: Float[Tensor, "1 n d"]) -> bool:
-    """Whether a transformer's positions are the sines and cosines of MoCo v3."""
+    """Whether position embeddings are the sines and cosines of MoCo v3."""
     _, tokens, width = places.shape
     grid = round((tokens - 1) ** 0.5)
     if tokens != 1 + grid**2 or width % 4:
@@ -131,6 +131,6 @@ def are_computed(places: Float[Tensor, "1 n d"]) -> bool:
 
 
 def image_side(weights: dict[str, Tensor]) -> int:
-    """Pixels of the images that a transformer has positions for; 224 for all other networks."""
+    """Side in pixels of the images that a transformer has positions for; 224 for all other networks."""
     places, patches = places_of(weights), weights.get("patch_embed.proj.weight")
     return 224 if places is None or patches is None else round((places.shape[1] - 1) ** 0.5) * patches.shape[-1]

@@ -1,4 +1,4 @@
-"""The network of a file: built, compared tensor by tensor, filled."""
+"""Build the network of a file, compare it tensor by tensor and load its weights."""
 
 from pathlib import Path
 
@@ -10,17 +10,20 @@ from moco.encoder import build_backbone
 from moco.vit import VITS
 
 COUNTER = ".num_batches_tracked"
-"""Of batch norms; files from before PyTorch 0.4.1 have none."""
+"""Suffix of the counters of batch norm; files from before PyTorch 0.4.1 have none."""
 HEADS_OF_BACKBONES = ("fc", "head", "heads", "classifier", "linear")
 
 
 def build_for(name: str, weights: dict[str, Tensor], stem: str | None) -> tuple[nn.Module, str, int]:
-    """The network that weights are of, its stem and the channels of its images; the generators stay as they are.
+    """Build the network for some weights, without touching the global generators.
 
     Args:
-        name: as `build_backbone` takes it.
-        weights: by the network's names.
-        stem: likewise; not given: what the first convolution looks like.
+        name: name of the network, as `build_backbone` takes it.
+        weights: weights by the network's names.
+        stem: stem, as `build_backbone` takes it; not given: told from the first convolution.
+
+    Returns:
+        The network, its stem and the channels of its images.
     """
     conv = weights.get("conv1.weight")
     small = conv is not None and conv.shape[2:] == (3, 3) and name not in BACKBONES and name not in VITS
@@ -35,13 +38,13 @@ def build_for(name: str, weights: dict[str, Tensor], stem: str | None) -> tuple[
 
 
 def first_name(name: str) -> str:
-    """Of a network's tensors; errors as `build_backbone`."""
+    """Name of a network's first tensor; raises the same errors as `build_backbone`."""
     with torch.random.fork_rng(devices=[]):
         return next(iter(build_backbone(name).state_dict()))
 
 
 def fitting(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Those of the network, statistics that were kept for each group of a batch averaged, as for evaluation."""
+    """Select the network's weights; statistics kept for each group of a batch are averaged, as for evaluation."""
     ours = network.state_dict()
     result = {name: each for name, each in weights.items() if name in ours}
     for name, have in result.items():
@@ -55,14 +58,17 @@ def fitting(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]
 def fill(
     network: nn.Module, weights: dict[str, Tensor], *, name: str, likely: str | None, path: Path
 ) -> tuple[str, ...]:
-    """Loads weights, all of which have to be there; returns what should be known about them.
+    """Load weights, all of which have to be present.
 
     Args:
-        network: built for them.
-        weights: by the network's names; a head's may be among them.
-        name: of the network.
-        likely: what the weights look like.
-        path: for messages.
+        network: the network, built for these weights.
+        weights: weights by the network's names; those of a head may be among them.
+        name: name of the network.
+        likely: name of the network that the weights look like.
+        path: file name for messages.
+
+    Returns:
+        Remarks on the weights.
 
     Raises:
         ValueError: one line with the first name that does not fit.
@@ -76,14 +82,14 @@ def fill(
     for names, what in ((missing, "lacks"), (surplus, "has more than its"), (shapes, "has other shapes for")):
         if names:
             raise ValueError(
-                f"{path} is no {name}: it {what} {len(names)} of {len(ours)} tensors, first {names[0]!r}; {hint}"
+                f"{path} is not a {name}: it {what} {len(names)} of {len(ours)} tensors, first {names[0]!r}; {hint}"
                 if names is not surplus
-                else f"{path} is no {name}: it has {len(names)} tensors more, first {names[0]!r}; {hint}"
+                else f"{path} is not a {name}: it has {len(names)} unexpected tensors, first {names[0]!r}; {hint}"
             )
     network.load_state_dict(ours | theirs)
     remarks = []
     if len(ours) > len(theirs):
-        remarks.append(f"{len(ours) - len(theirs)} counters of batch norms missing, as in old files")
+        remarks.append(f"{len(ours) - len(theirs)} batch-norm counters missing, as in old files")
     if any(weights[each].shape != theirs[each].shape for each in theirs):
-        remarks.append("statistics of split batch norms averaged")
+        remarks.append("statistics of split batch norm averaged")
     return tuple(remarks)

@@ -1,4 +1,4 @@
-"""What wrote a file, by the names that each program gives, and what follows from that and shows in no tensor."""
+"""Which program wrote a file, from the names it uses, and what follows from that but cannot be seen in the tensors."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from moco.views import CIFAR10, IMAGENET
 
 OURS = "checkpoint of moco"
 LIGHTLY, SOLO_LEARN = "checkpoint of lightly", "checkpoint of solo-learn"
-# Where a system's mean and standard deviation of small images are not those of the CIFAR notebook.
+# Programs whose mean and standard deviation for small images differ from those of the CIFAR notebook.
 SMALL_IMAGES = {
     SOLO_LEARN: ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
     LIGHTLY: IMAGENET,
@@ -19,12 +19,12 @@ SMALL_IMAGES = {
 
 
 def system_of(tensors: dict[str, Tensor], state: Any, best: Found) -> str:
-    """The program, in words.
+    """The program that wrote a file, in words.
 
     Args:
-        tensors: of the file, by name.
+        tensors: tensors of the file, by name.
         state: the file's content.
-        best: the encoder in it.
+        best: the encoder found in it.
     """
     prefix, heads = best.prefix, [name for name in best.names.values() if name.startswith("fc.")]
     if "query_encoder." in prefix or "key_encoder." in prefix:
@@ -49,17 +49,18 @@ def system_of(tensors: dict[str, Tensor], state: Any, best: Found) -> str:
 
 
 def normalisation(system: str, *, small: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of RGB images in [0, 1] that a system trains with.
+    """Mean and standard deviation with which a program normalises RGB images in [0, 1].
 
     Args:
-        system: as `system_of` calls it.
-        small: the encoder is one for images under 64 pixels.
+        system: the program, as `system_of` returns it.
+        small: whether the encoder is for images under 64 pixels.
     """
     return SMALL_IMAGES.get(system, CIFAR10) if small else IMAGENET
 
 
 def odd_stem(tensors: dict[str, Tensor], state: Any, best: Found, weights: dict[str, Tensor], path: Path) -> str | None:
-    """Of a 3x3 stem: solo-learn's pads by 2, and lightly's, taken apart into its children, has lost its ReLU."""
+    """The variant of a 3x3 stem, if it is one: solo-learn's pads by 2, and lightly's, rebuilt from its children, lost
+    its ReLU."""
     if "conv1.weight" not in weights or weights["conv1.weight"].shape[2:] != (3, 3):
         return None
     if best.layout == "children without ReLU":
@@ -70,8 +71,8 @@ def odd_stem(tensors: dict[str, Tensor], state: Any, best: Found, weights: dict[
         return "small-pad2"
     if _is_lightning(state) and any(re.search(r"(^|\.)classifier\.weight$", name) for name in tensors):
         raise ValueError(
-            f"{path} may be solo-learn's, whose 3x3 stem pads by 2, or another's, which no tensor shows; give the "
-            "checkpoint of its pre-training, or a state dict of the backbone alone if that pads by 1"
+            f"{path} may come from solo-learn, whose 3x3 stem pads by 2, which the tensors do not show; give the "
+            "pre-training checkpoint, or, if the stem pads by 1, a state dict of the backbone alone"
         )
     return None
 
