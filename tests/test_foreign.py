@@ -389,7 +389,8 @@ def test_a_vit_of_v3_has_twelve_heads(vit: tuple[Path, VisionTransformer]) -> No
 
 
 def test_a_vit_of_v3_is_refused_as_one_with_other_heads(vit: tuple[Path, VisionTransformer], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a ViT-S of MoCo v3: .*12 attention heads.*: give vit-small-v3 as the backbone$"):
+    words = "is a ViT-S of MoCo v3: .*12 attention heads.*: give vit-small-v3 as the backbone$"
+    with pytest.raises(ValueError, match=words):
         moco.load_encoder(vit[0], backbone="vit_small_patch16_224")
 
 
