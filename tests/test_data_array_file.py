@@ -12,6 +12,7 @@ import torch
 
 import moco
 from moco.auto import auto_config
+from moco.cli import main
 from moco.config import DataConfig, PretrainConfig, merge
 from moco.data import ArrayImages, FileImages, load_data
 from moco.data.arrays import planes
@@ -269,6 +270,14 @@ def test_settings_are_chosen_for_an_array_file_and_it_trains_and_embeds(suffix: 
     else:
         assert run.results
         assert 0 <= moco.evaluate(tmp_path / "run", "knn", data=str(path)).figures["top1"] <= 100
+
+
+def test_the_command_chooses_settings_for_an_array_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path / "x.npy", noise(20, 12, 12, 4))
+    assert main(["pretrain", "--data", str(path), "--data.channels", "4", "--print_config"]) == 0
+    assert "channels: 4" in capsys.readouterr().out
+    assert main(["pretrain", "--data", str(path), "--print_config"]) == 2
+    assert "images have 4 channels; expected 3: see --data.channels" in capsys.readouterr().err
 
 
 def test_mapped_images_have_thumbnails(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pyarrow import parquet
 
 import moco
 from moco.auto import auto_config
+from moco.cli import main
 from moco.config import DataConfig, merge
 from moco.data import ArrayImages, FileImages, load_data
 from moco.data.folder import HELD_OUT
@@ -105,6 +106,12 @@ def test_the_split_says_which_images_are_kept_for_evaluation(photos: Path, held_
     assert [Path(path).name for path in test.paths] == ["a.png", "e.png"] and test.labels.tolist() == [1, 1]
     assert train.classes == test.classes == ("x", "y")
     assert count_listed(listed) == num_images(DataConfig(source=str(listed))) == 2
+
+
+def test_the_command_chooses_settings_for_a_list(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = write(photos / "list.csv", {"path": NAMES * 4})
+    assert main(["pretrain", "--data", str(listed), "--print_config"]) == 0
+    assert f"source: {listed}" in capsys.readouterr().out.replace("\n    ", " ")
 
 
 def test_of_several_held_out_splits_the_test_images_are_taken(photos: Path) -> None:

@@ -25,13 +25,14 @@ class DataConfig(Section):
     """Which images, and how they are read."""
 
     source: Annotated[str, Field(min_length=1)] = "digits"
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder (with class subfolders, without, `train/` +
-    `test/`), tar shards, a URL of such, or `hf:NAME`."""
+    """`digits`, `cifar10`, `cifar100`, `stl10`, `imagenet`; a folder of images (with class subfolders, without, or
+    `train/` + `test/`); a list of image files (.csv, .tsv, .parquet); an array file (.npy, .npz, .pt); tar shards, here
+    or at a URL; or `hf:NAME`."""
     size: Count | None = None
     """Side in pixels at which images are looked at when features are taken; not given: that of the views."""
     channels: Annotated[int, Field(gt=0, le=1024)] = 3
-    """Channels the encoder sees; grey images are repeated to 3, colour ones averaged to 1. Any other number: arrays of
-    so many."""
+    """Channels the encoder sees; grey images are repeated to 3, colour ones averaged to 1. Any other number needs
+    arrays with as many."""
     memory: Annotated[float, Field(gt=0)] = 2.0
     """GiB that decoded images may take; a larger set is read from disk at every epoch."""
     cache: Path | None = None
