@@ -142,6 +142,16 @@ def test_small_images_of_one_size_are_held_and_the_budget_is_for_both_parts(tmp_
     assert isinstance(train, ArrayImages) and isinstance(test, FileImages)
 
 
+def test_a_list_is_cached_as_a_folder_is_each_part_for_itself(photos: Path, tmp_path: Path) -> None:
+    listed = write(photos / "list.csv", {"path": NAMES, "split": ["train", "test", "train", "test"]})
+    for _ in range(2):
+        train, test = load(listed, cache=tmp_path / "cache", cache_side=64)
+        assert train.cache is not None and test.cache is not None
+        assert [int(train.decode(i).max()) for i in range(2)] == [0, 2]
+        assert [int(test.decode(i).max()) for i in range(2)] == [1, 3]
+    assert len(list((tmp_path / "cache").glob("*/*.pixels"))) == 2
+
+
 def test_missing_and_broken_files_are_named_skipped_and_counted(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     (photos / "broken.png").write_bytes(b"no image")
     listed = write(photos / "list.csv", {"path": ["gone.png", *NAMES, "broken.png"], "label": list("xyzxyz")})
