@@ -269,7 +269,8 @@ def test_settings_are_chosen_for_an_array_file_and_it_trains_and_embeds(suffix: 
         assert moco.search(tmp_path / "emb", f"{copy}/7", k=1).paths == ((f"{path}/7",),)
     else:
         assert run.results
-        assert 0 <= moco.evaluate(tmp_path / "run", "knn", data=str(path)).figures["top1"] <= 100
+        for protocol in ("knn", "linear"):
+            assert 0 <= moco.evaluate(tmp_path / "run", protocol, data=str(path)).figures["top1"] <= 100
 
 
 def test_the_command_chooses_settings_for_an_array_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
