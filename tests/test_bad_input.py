@@ -164,7 +164,7 @@ def test_the_settings_of_a_run_that_were_spoilt_are_named(here: Path, capfd: pyt
     ("arguments", "words"),
     [
         (["nowhere"], "nowhere does not exist; expected the folder of a run"),
-        (["run"], "run has no config.json; expected a run that has finished or made a checkpoint"),
+        (["run"], "run has no config.json; expected a run that has finished or saved a checkpoint"),
         (["run", "--protocol", "linaer"], "unknown protocol 'linaer': expected one of knn"),
         (["run", "--k", "0"], "k is 0; expected greater than 0"),
         (["run", "--temperature", "0"], "temperature is 0.0; expected greater than 0"),
