@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -294,8 +295,11 @@ def test_without_room_nothing_is_begun(folder: Path, tmp_path: Path, monkeypatch
 
 
 def test_what_cannot_be_packed_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the 2 images are in memory, not in files"):
+    with pytest.raises(ValueError, match="the 2 images are arrays, not image files"):
         pack(as_images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), tmp_path / "out")
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="the 2 images are arrays, not image files"):
+        pack(tmp_path / "x.npy", tmp_path / "out")
     with pytest.raises(ValueError, match="shard_size is 0"):
         pack(folder, tmp_path / "out", shard_size=0)
     assert not (tmp_path / "out").exists()

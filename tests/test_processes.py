@@ -194,7 +194,7 @@ def test_two_processes_train_as_one_and_hand_over_no_more_than_they_must(way: st
                 assert names.count("allreduce_") == summed + 1  # gradients, all in one bucket
     for each in (first, second):
         assert {sum(size for _, size in step) for step in each["steps"][2:]} == {expected}
-        # Between steps: five sums for each row of metrics.csv; a word at first, every ten steps, and where an epoch ends.
+        # Between steps: five sums for each row of metrics.csv; a word at first, every ten steps, and at an epoch's end.
         row, word = ("allreduce_", 5 * 8), ("allreduce_", 8)
         between = {1: [word], 4: [row], 5: [word], 8: [row], 10: [word]}
         assert each["between"] == [between.get(step, []) for step in range(1, STEPS)]
@@ -612,7 +612,7 @@ def test_one_that_is_told_to_stop_stops_both_one_that_dies_ends_both_and_one_pro
     step = checkpoint.load(run / "checkpoints" / "last.ckpt")["step"]
     assert main(["pretrain", "--resume", str(run), "--steps", str(step + 2)]) == 0
     assert [row["step"] for row in Run.open(run).metrics][-1] == step + 2
-    assert "begun on 2 processes, now 1" in (run / "log.txt").read_text()
+    assert "started on 2 processes, now 1" in (run / "log.txt").read_text()
 
 
 def alive(process: int) -> bool:

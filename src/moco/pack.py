@@ -29,6 +29,7 @@ from moco.data.keys import suffix_of
 from moco.data.members import read_image
 from moco.data.plan import Shard, begin, padded, plan_of
 from moco.data.remote import Unavailable
+from moco.data.rows import is_row
 from moco.data.shards import CLASSES, MANIFEST
 from moco.data.tar import BLOCK, Member, scan
 
@@ -151,8 +152,8 @@ def _files(images: str | Path | Images | Splits, max_bad: float) -> dict[str, Fi
     parts = {"train": splits.train} | ({} if splits.test is None else {"test": splits.test})
     found = {}
     for part, each in parts.items():
-        if isinstance(each, ArrayImages):
-            raise ValueError(f"the {len(each)} images are in memory, not in files; expected a folder of images")
+        if isinstance(each, ArrayImages) or is_row(each.paths[0]):
+            raise ValueError(f"the {len(each)} images are arrays, not image files; expected a folder of images")
         found[part] = each
     return found
 
