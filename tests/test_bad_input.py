@@ -80,7 +80,7 @@ def save_images(folder: Path, number: int) -> Path:
         (["digits", *CPU, "--views.recipe", "math:no_such"], ["views.recipe", "no_such"]),
         (["digits", *CPU, "--views.recipe", "math:nan"], ["views.recipe", "math:nan"]),
         (["digits", *CPU, "--seed", "99999999999999999999"], ["seed"]),
-        (["--resume", "runs/none"], ["runs/none is no run: it holds no config.yaml"]),
+        (["--resume", "runs/none"], ["runs/none is not a run: it has no config.yaml"]),
         (["digits", "--resume", "runs/none"], ["--resume was given with digits"]),
     ],
 )
@@ -189,8 +189,8 @@ def test_a_run_is_no_place_for_code_of_others(
     run = Run.create(here / "run", config)
     save_checkpoint(run.last, {"step": 1})
     line = refusal(capfd, "pretrain", "--resume", "run")
-    assert line.startswith("run names code to import, views.recipe 'hostile_views:views', which is not done unasked")
-    assert line.endswith("name it too: --views.recipe hostile_views:views")
+    assert line.startswith("run names code to import, views.recipe 'hostile_views:views', which needs your consent")
+    assert line.endswith("add --views.recipe hostile_views:views")
     with pytest.raises(ValueError, match="run names code to import"):
         moco.pretrain(resume="run")
     assert not (tmp_path / "trace").exists()

@@ -351,7 +351,7 @@ def test_a_resumed_run_refuses_to_become_another(
 def test_resuming_what_is_no_run_is_refused(
     library: Library, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert f"{tmp_path} is no run" in refusal(capsys, "pretrain", "--resume", str(tmp_path))
+    assert f"{tmp_path} is not a run" in refusal(capsys, "pretrain", "--resume", str(tmp_path))
 
 
 # What is shown

@@ -93,7 +93,7 @@ def test_a_picture_of_images_that_are_gone_says_so(run, photos, tmp_path, capsys
         (["--outliers", "3", "--picture", "a.png"], "--picture"),
         (["--duplicates", "0.9", "--farthest"], "--farthest"),
         (["--outliers", "0"], "0 outliers were asked for; expected at least 1"),
-        (["--row", "1", "--farthest", "--approximate"], "leave out farthest, or approximate"),
+        (["--row", "1", "--farthest", "--approximate"], "leave one of them out"),
         (["--row", "12"], "12"),
         (["--query", "nowhere.png"], "nowhere.png"),
         (["--row", "1", "--k", "0"], "k is 0"),

@@ -234,7 +234,7 @@ def test_what_is_not_images_is_refused_in_one_line(given, message):
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="precision is 'fp16'; expected fp32, bf16 or auto"):
+    with pytest.raises(ValueError, match="precision is 'fp16'; expected fp32, bf16, fp64 or auto"):
         embed(make_encoder(), noise(2, 3, 16, 16), precision="fp16")
 
 

@@ -293,7 +293,7 @@ def test_neighbours_are_those_of_the_cosine_and_of_search(server: Server, atlas:
 )
 def test_nothing_that_was_not_given_is_served(server: Server, path: str) -> None:
     reply = ask(server, path)
-    assert reply.status == 404 and reply.body == b"There is no such thing here."
+    assert reply.status == 404 and reply.body == b"Not found."
 
 
 def test_a_symlink_or_file_that_is_no_image_is_not_served(tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_a_run_is_opened_with_images_evenly_spaced(tmp_path: Path) -> None:
     )
     save_encoder(run.path, encoder)
     atlas = open_atlas(run.path, most=30)
-    assert atlas.title == "run" and atlas.about == "30 of 1,442 images, as resnet-tiny sees them"
+    assert atlas.title == "run" and atlas.about == "30 of 1,442 images, embedded by resnet-tiny"
     assert atlas.embeddings.paths[0] == "digits/train/0" and atlas.embeddings.paths[-1] == "digits/train/1441"
     assert len(atlas.neighbours(29).rows) == 12
 
@@ -476,7 +476,7 @@ def test_a_folder_of_embeddings_is_opened_with_its_images_and_its_encoder(folder
     embed_to(tmp_path / "emb", run.path, folder)
     atlas = open_atlas(tmp_path / "emb", most=20)
     assert len(atlas) == 20 and atlas.encoder is not None
-    assert atlas.about == "20 of 40 images, as resnet-tiny sees them"
+    assert atlas.about == "20 of 40 images, embedded by resnet-tiny"
     for row in (0, 19):
         with Image.open(atlas.embeddings.paths[row]) as image:
             np.testing.assert_array_equal(np.asarray(image), atlas.images.decode(row).permute(1, 2, 0).numpy())

@@ -371,7 +371,7 @@ def test_the_histogram_counts_percent_of_each_kind_of_pair():
 def test_the_matrix_shows_shares_of_each_class_and_of_all_that_are_right():
     figure = confusion_matrix(np.asarray([[8, 2], [0, 30]]), ["a", "b"], title="knn")
     axes = figure.axes[0]
-    assert axes.get_title(loc="left") == "knn: 95.0 % right"
+    assert axes.get_title(loc="left") == "knn: accuracy 95.0 %"
     shown = {text.get_position(): text.get_text() for text in axes.texts}
     assert shown == {(0, 0): "80", (1, 0): "20", (1, 1): "100"}
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b"]

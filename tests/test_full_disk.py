@@ -77,7 +77,7 @@ def small_disk(tmp_path: Path) -> Generator[Path]:
 def test_a_full_disk_leaves_the_last_checkpoint(small_disk: Path) -> None:
     path = small_disk / "last.ckpt"
     checkpoint.save(path, {"step": 1, "weights": torch.zeros(200_000)})
-    with pytest.raises(OSError, match="No space left on device; what was saved before is whole") as caught:
+    with pytest.raises(OSError, match="No space left on device; earlier files are intact") as caught:
         checkpoint.save(path, {"step": 2, "weights": torch.zeros(900_000)})
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
     assert checkpoint.load(path)["step"] == 1
@@ -93,7 +93,7 @@ def test_the_command_says_that_the_disk_is_full_in_one_line(
     run = small_disk / "run"
     assert main(["pretrain", str(recipe), "--out", str(run), "--steps", "1"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("moco: No space left on device; what was saved before is whole: make room and go on")
+    assert lines[-1].startswith("moco: No space left on device; earlier files are intact; free some space and resume")
     assert not [line for line in lines if "Error" in line or "Traceback" in line]
     assert not list(run.rglob("*.partial"))
     # Not even room for a line of the log, or of the table.

@@ -336,12 +336,12 @@ def test_health_is_told_by_the_last_numbers_and_their_trend(tmp_path):
         [
             f"The loss is -1.00; {chance:.2f} would be chance and {floor:.2f} the floor, where views of an image agree "
             "and all other images are unrelated.",
-            "For 100 % of the queries, their own key was the nearest of all keys.",
-            "The spread of the keys is 0.50: 0 is collapsed, 1 even in all directions.",
-            "The features use about 20 directions (effective rank); next to 1 they would be collapsed. Compare it "
+            "For 100 % of the queries, their own key was the nearest of all.",
+            "The spread of the keys is 0.50: 0 is collapsed, 1 is uniform in all directions.",
+            "The features use about 20 directions (effective rank); a value near 1 means collapse. Compare it "
             "between runs on the same images.",
             "Alignment is 0.31 (0: views of an image look the same to the encoder), uniformity -2.50 (0 is collapsed; "
-            "the lower, the more even).",
+            "lower is more uniform).",
             "Over the last fifth of the training so far (epochs 8.0 to 10.0), the loss went from 1 to -1, kNN accuracy "
             "from 120.0 to 140.0 %, and the spread of the keys from 0.50 to 0.50.",
         ],
@@ -453,19 +453,19 @@ def test_a_page_loads_itself_again_only_while_its_run_trains(tmp_path):
 
     assert refresh(run)
     content, words = told()
-    assert content == "30" and "loads itself again every 30 seconds" in words
+    assert content == "30" and "reloads every 30 seconds" in words
     assert "not finished: before the first numbers" in words and "Nothing has been measured yet" in words
     assert "<svg" not in path.read_text(encoding="utf-8")
     assert not refresh(run, live=False) and told()[0] == "30"  # it has just been written
     assert refresh(run, between=0, live=False)
     content, words = told()
-    assert not content and "as training goes on" not in words
-    assert f"The run goes on with moco pretrain --resume {shlex.quote(str(run.path.resolve()))}." in words
+    assert not content and "updated during training" not in words
+    assert f"Resume the run with moco pretrain --resume {shlex.quote(str(run.path.resolve()))}." in words
     assert re.search(r"last written \d\d:\d\d on \d\d [A-Z][a-z]+ \d{4}", words)
     run.write_json("results.json", {"trained encoder": {}})
     assert refresh(run, between=0)
     content, words = told()
-    assert not content and "finished: before" in words and "goes on with" not in words
+    assert not content and "finished: before" in words and "Resume the run" not in words
 
 
 def test_without_labels_there_is_no_table_of_accuracies(tmp_path):
@@ -524,7 +524,7 @@ def test_a_recipe_says_what_to_expect_and_what_was_changed(tmp_path):
     assert command(plain) == "moco pretrain digits"
     moved = Run.create(tmp_path / "moved", merge(load_recipe("digits"), {"data": {"source": "/my/own"}, "epochs": 3}))
     words = " ".join("".join(parsed(page(moved)).itertext()).split())
-    assert "here 1 of its settings was changed" in words and "here it was /my/own" in words
+    assert "here, 1 of its settings was changed" in words and "here it was /my/own" in words
     assert set(shlex.split(command(moved))) == {*"moco pretrain digits --data.source YOUR_IMAGES --epochs 3".split()}
     own = Run.create(tmp_path / "own", parse_config(TINY))
     assert wants_settings(own) and command(own) == "moco pretrain config.yaml" and changes(own.config) is None
@@ -568,7 +568,7 @@ def test_a_refresh_waits_and_never_stops_training(tmp_path, caplog):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no run"):
+    with pytest.raises(FileNotFoundError, match="is not a run"):
         report(tmp_path)
     with pytest.raises(ValueError, match="at least two"):
         compare([made_by_hand(tmp_path / "run")], tmp_path / "c.html")
@@ -604,7 +604,7 @@ def test_runs_stand_side_by_side(trained, tmp_path):
         loss = list(csv.DictReader(file))[-1]["loss"]
     assert loss in exact and by_column["loss"][0] == f"{float(loss):.4g}"
     drawn = ["".join(each.itertext()).strip() for each in tree.iter(SVG + "text")]
-    assert {"kNN accuracy, %", "InfoNCE loss as a share of chance", "chance", "deep/first"} <= set(drawn)
+    assert {"kNN accuracy, %", "InfoNCE loss / chance", "chance", "deep/first"} <= set(drawn)
 
 
 def test_pictures_are_drawn_without_labels_and_of_few_images(tmp_path, trained):

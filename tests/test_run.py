@@ -213,7 +213,7 @@ def test_a_run_takes_no_place_that_is_taken(tmp_path: Path) -> None:
 
 def test_no_run_is_found_where_there_is_none(run: Run, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing", run.path / "config.yaml"):
-        with pytest.raises(FileNotFoundError, match="is no run: it holds no config.yaml"):
+        with pytest.raises(FileNotFoundError, match="is not a run: it has no config.yaml"):
             Run.open(path)
     assert Run(tmp_path, run.config).metrics == [] and Run(tmp_path, run.config).results == {}
 

@@ -95,11 +95,11 @@ def test_the_graph_is_kept_beside_the_vectors_and_made_anew_where_it_does_not_fi
 
 
 def test_an_approximate_search_says_what_it_cannot_do(monkeypatch):
-    with pytest.raises(ValueError, match="an approximate search finds the most similar; leave out farthest"):
+    with pytest.raises(ValueError, match="farthest was given with approximate, which finds the most similar"):
         search(table(np.eye(4)), 0, approximate=True, farthest=True)
     monkeypatch.setitem(sys.modules, "usearch", None)
     monkeypatch.setitem(sys.modules, "usearch.index", None)
-    with pytest.raises(ImportError, match=r"approximate search needs an extra: pip install moco-ssl\[ann\]"):
+    with pytest.raises(ImportError, match=r"approximate search needs an extra: run pip install moco-ssl\[ann\]"):
         search(table(np.eye(4)), 0, approximate=True)
 
 
@@ -214,7 +214,7 @@ def test_a_row_that_is_not_there_is_refused(row, folder):
 
 @pytest.mark.parametrize("query", [True, [1, False], np.array([True])])
 def test_yes_and_no_are_no_rows(query, folder):
-    with pytest.raises(ValueError, match="a query is (True|False); expected an image file, a picture or a row number"):
+    with pytest.raises(ValueError, match="a query is (True|False); expected an image file, an image or a row number"):
         search(folder, query)
 
 
@@ -243,7 +243,7 @@ def test_an_encoder_that_was_trained_on_is_refused(run, photos, tmp_path):
     assert search(tmp_path / "emb", photos / "new.png", encoder=run).rows.shape == (1, 10)  # the same, elsewhere
     assert search(tmp_path / "emb", 0).rows.shape == (1, 10)  # needs none
     (own / "config.json").unlink()
-    with pytest.raises(ValueError, match="was embedded with .*run, which is not there any more .*give the encoder"):
+    with pytest.raises(ValueError, match="was embedded with .*run, which is no longer there .*give the encoder"):
         search(tmp_path / "emb", photos / "new.png")
 
 
@@ -253,7 +253,7 @@ def test_embeddings_in_memory_search_with_their_encoder_or_ask_for_it():
     network, images = encoder(), noise(20)
     emb = moco.embed(network, images, precision="fp32")
     assert search(emb, images[4], k=1).rows.tolist() == [[4]]
-    with pytest.raises(ValueError, match="do not say what encoder computed them; give it as encoder"):
+    with pytest.raises(ValueError, match="do not say which encoder computed them; give the encoder"):
         search(table(np.eye(9)), images[4])
     with pytest.raises(ValueError, match="the encoder gives 6 features, these embeddings have 9"):
         search(table(np.eye(9)), images[4], encoder=network)

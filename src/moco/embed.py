@@ -1,4 +1,4 @@
-"""Images -> features, in order: in memory, or into a folder."""
+"""Computing features of images, in order: in memory, or into a folder."""
 
 import hashlib
 import json
@@ -30,10 +30,10 @@ from moco.transforms import centred, normalise
 from moco.vectors import Embeddings, Meta, Settings, load, load_part, versions, whole_source
 
 READ_AHEAD = 2
-"""Batches of files that are read while one is worked on."""
+"""Batches of files that are read ahead while one is processed."""
 
 OnProgress = Callable[[int, int], None]
-"""Called with how much is done, and how much there is."""
+"""Called with (amount done, total amount)."""
 Report = OnProgress
 
 
@@ -45,18 +45,22 @@ def embed(
     precision: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> Embeddings:
-    """Features of all images.
+    """Compute the features of all images.
 
     Args:
-        encoder: what `load_encoder` gives, on the device that is to do the work.
-        images: a folder or data name (its training part, if it has parts), uint8 tensor `[n, c, h, w]`, array
-            `[n, h, w, c]`, list of PIL images, map-style dataset, or what `load_data` gives.
-        batch_size: images at a time.
+        encoder: an encoder from `load_encoder`, on the device to use.
+        images: a folder or the name of a data set (its training part, if it has parts), uint8 tensor `[n, c, h, w]`,
+            array `[n, h, w, c]`, list of PIL images, map-style dataset, or a part from `load_data`.
+        batch_size: images per forward pass.
         precision: `fp32`, `bf16`, or `auto`: bf16 where it is fast.
         on_progress: called with (images done, images in all).
 
+    Returns:
+        The features as `.vectors`, float32 `[N, F]`, with `.paths`, `.labels` and `.classes`; rows of files that cannot
+        be read are those of a black image.
+
     Raises:
-        ValueError: not images, images of several sizes that are in no folder, or another precision.
+        ValueError: these are not images, images in memory have different sizes, or the precision is unknown.
 
     Example:
         >>> emb = moco.embed(encoder, "photos/")                                             # doctest: +SKIP
@@ -84,9 +88,9 @@ def features(
     precision: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> Tensor:
-    """The same as a float32 tensor `[n, f]` on the CPU; the encoder is left in the mode it was in.
+    """Compute the features of images as a float32 tensor `[n, f]` on the CPU; the encoder's mode is restored.
 
-    A file that cannot be read is black, and the log names it.
+    A file that cannot be read becomes a black image; the log says how many there are, and names the first.
     """
     out, bad = read_features(encoder, images, batch_size=batch_size, precision=precision, on_progress=on_progress)
     if bad:
@@ -105,18 +109,22 @@ def read_features(
     short: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[Tensor, dict[int, BadImage]]:
-    """The same, and why which files could not be read, by their places: rows that mean nothing.
+    """Compute the features of images, and report files that cannot be read.
 
     Args:
-        encoder: on the device that is to do the work.
-        images: in memory or files.
-        batch_size: images at a time.
-        precision: as for `embed`.
-        short: pixels that the short side is brought to before the middle is cut out; not given: the encoder's size.
+        encoder: on the device to use.
+        images: images in memory or files.
+        batch_size: images per forward pass.
+        precision: as in `embed`.
+        short: length in pixels that the short side is resized to before the centre is cropped; not given: the
+            encoder's size.
         on_progress: called with (images done, images in all).
 
+    Returns:
+        Features `[n, f]`, and the unreadable files by index; the rows of the latter mean nothing.
+
     Raises:
-        OSError: there are so many that they need a file, and the disk has no room for it.
+        OSError: there are too many features for memory, and the disk has no room for them.
     """
     kind, size, bad = _arithmetic(encoder, precision), encoder.input_size, {}
     short = size if short is None else short
@@ -143,25 +151,29 @@ def embed_to(
     accelerator: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> Embeddings:
-    """Features of all images into a folder (`moco.vectors` says what is in it), of which never many are in memory.
+    """Write the features of all images into a folder (see `moco.vectors`), keeping few of them in memory.
 
-    Killed at any moment, the same call goes on where rows were last safe on the disk, and the table becomes that of an
-    undisturbed run, to the last bit on the same machine. A finished table is returned as it is. In each of several
-    processes that `torchrun` starts it does a share of the images.
+    If it is killed at any moment, the same call resumes from the last rows synced to disk, and the table is that of an
+    undisturbed run, to the last bit on the same machine. A finished table is returned as it is. Each of several
+    processes started by `torchrun` embeds a share of the images.
 
     Args:
-        out: a new folder, or one where this was begun.
-        source: folder of a run, or what `load_encoder` takes or gives.
-        images: as for `embed`. Files that cannot be read get no row; they and the reasons are in unreadable.csv.
-        part: `train`, or `test` of images that have such parts.
-        batch_size: images at a time; not given: from the size of the images.
+        out: a new folder, or an unfinished one.
+        source: folder of a run, anything else that `load_encoder` takes, or an encoder.
+        images: as in `embed`. Files that cannot be read get no row; unreadable.csv lists them with the reasons.
+        part: `train` or `test`, if the images are divided so.
+        batch_size: images per forward pass; not given: chosen from the size of the images.
         precision: `fp32`, `bf16`, or `auto`: bf16 where it is fast.
-        accelerator: for an encoder that has yet to be loaded.
-        on_progress: called with (images done, images in all), of this process.
+        accelerator: where to load the encoder, if it is not loaded yet.
+        on_progress: called with (images done, images in all) of this process.
+
+    Returns:
+        The table, with memory-mapped vectors.
 
     Raises:
-        ValueError: no images, none readable, or a folder that was begun with other images, encoder or settings.
-        FileExistsError: a folder with something else in it.
+        ValueError: there are no images, none can be read, or the folder was begun with other images, another encoder or
+            other settings.
+        FileExistsError: the folder holds something else.
     """
     from moco.checkpoint import load_encoder
     from moco.engine import own_device
@@ -198,7 +210,7 @@ def embed_to(
 
 @torch.inference_mode()
 def _write(folder: Path, meta: Meta, encoder: ImageEncoder, images: Images, on_progress: OnProgress | None) -> None:
-    """Rows from where the folder has none yet; batches begin at the same images whenever it was stopped."""
+    """Write the missing rows; batches start at the same images wherever the work was interrupted."""
     with Writer(folder, meta) as writer, _evaluating(encoder):
         size, done, stop = meta.settings.batch_size, writer.meta.done, meta.stop
         batches = [range(start, min(start + size, stop)) for start in range(done, stop, size)]
@@ -223,7 +235,7 @@ def _write(folder: Path, meta: Meta, encoder: ImageEncoder, images: Images, on_p
 def _batches(
     images: Images, batches: Sequence[range], size: int
 ) -> Generator[tuple[range, UInt8[Tensor, "n c s s"], dict[int, BadImage]]]:
-    """Pixels of each batch, black where a file cannot be read; files are read while earlier batches are worked on."""
+    """Pixels of each batch, black for unreadable files; files are read while earlier batches are processed."""
     if isinstance(images, ArrayImages):
         yield from ((which, resized(images, list(which), size=size), {}) for which in batches)
         return
@@ -260,7 +272,7 @@ def _gathered(
 
 
 def _reasons(images: Images) -> list[Unreadable]:
-    """Why the files were skipped that were found unreadable when the images were listed."""
+    """The reasons for files that were skipped as unreadable when the images were listed."""
     again = FileImages(images.skipped, None, None)
     answers = [each for at in range(0, len(again), 32) for each in again.decode_many(range(at, len(again))[:32])]
     return [
@@ -295,7 +307,7 @@ def _arithmetic(encoder: ImageEncoder, precision: str) -> str:
     from moco.engine import choose_precision
 
     if precision not in ("auto", "fp32", "bf16", "fp64"):
-        raise ValueError(f"precision is {precision!r}; expected fp32, bf16 or auto")
+        raise ValueError(f"precision is {precision!r}; expected fp32, bf16, fp64 or auto")
     return choose_precision(next(encoder.parameters()).device.type) if precision == "auto" else precision
 
 
@@ -318,7 +330,7 @@ def _forward(encoder: ImageEncoder, pixels: UInt8[Tensor, "n c h w"], kind: str)
 
 
 def pixels(images: Images, *, size: int) -> Tensor:
-    """Raw pixels as features, float32 `[n, c * size * size]` in [0, 1]: what an encoder has to beat."""
+    """Raw pixels as features, float32 `[n, c * size * size]` in [0, 1]: the baseline that an encoder has to beat."""
     if isinstance(images, ArrayImages) and tuple(images.images.shape[2:]) == (size, size):
         return images.images.flatten(1).float() / 255
     return resized(images, list(range(len(images))), size=size).flatten(1).float() / 255

@@ -1,15 +1,15 @@
-"""The run folder: what is in it, how it is named, read, and written so that nothing is ever lost.
+"""The run folder: its files, and how they are read and written so that nothing is ever lost.
 
-config.yaml           every setting in force
+config.yaml           all settings
 environment.json      versions and machine
 metrics.csv           one row every few steps
-results.json          raw pixels, untrained and trained encoder, side by side
+results.json          accuracies of raw pixels, the untrained and the trained encoder
 report.html           all of this on one page; curves.png, views.svg, neighbours.png and .svg, map.svg, similarities.svg
 pictures.json         which images the pictures show, and how many
-explore/              vectors and map that `moco explore` has made
-checkpoints/last.ckpt everything that training goes on from; best.ckpt: where held-out kNN was best
-encoder.safetensors   the trained backbone, and config.json: how to build and feed it
-log.txt               what was said
+explore/              vectors and map computed by `moco explore`
+checkpoints/last.ckpt everything needed to resume training; best.ckpt: where held-out kNN was best
+encoder.safetensors   the trained backbone, and config.json: how to build it and prepare its images
+log.txt               the log
 """
 
 import csv
@@ -30,7 +30,7 @@ from moco.recipes import load_recipe
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Either the whole new file is there afterwards, or the old one untouched; also after a crash or on a full disk."""
+    """Write a file completely or not at all: after a crash or on a full disk, the old file is untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
@@ -51,10 +51,10 @@ def disk_full_named(path: Path) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        # torch.save raises an error of its own in place of the system's.
+        # torch.save raises its own error in place of the system's.
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = f"{cause.strerror}; what was saved before is whole: make room and go on; could not write"
+            what = f"{cause.strerror}; earlier files are intact; free some space and resume; could not write"
             raise OSError(cause.errno, what, str(path)) from None
         raise
 
@@ -66,7 +66,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename itself durable; not every file system can, and the file is whole either way."""
+    """Make a rename durable; not every file system can, and the file is intact either way."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -81,11 +81,11 @@ def _sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run on disk.
+    """A training run on disk.
 
     Attributes:
-        path: the folder.
-        config: the settings in force.
+        path: folder of the run.
+        config: settings of the run.
     """
 
     path: Path
@@ -93,10 +93,10 @@ class Run:
 
     @staticmethod
     def create(path: Path, config: PretrainConfig) -> "Run":
-        """A new, empty run.
+        """Create a new, empty run.
 
         Raises:
-            FileExistsError: there is something there already.
+            FileExistsError: `path` exists already and is not an empty folder.
         """
         Run.refuse_taken(path)
         run = Run(path, config)
@@ -111,7 +111,7 @@ class Run:
 
     @staticmethod
     def refuse_taken(path: Path) -> None:
-        """Raises the error of `create`, before anything is computed."""
+        """Raise the error of `create` early, before anything is computed."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(
                 f"{path} exists already; continue that run with `moco pretrain --resume {path}`, or give another --out"
@@ -119,27 +119,29 @@ class Run:
 
     @staticmethod
     def open(path: str | Path) -> "Run":
-        """An existing run.
+        """Open an existing run.
 
         Raises:
-            FileNotFoundError: there is no run there.
+            FileNotFoundError: there is no run at `path`.
         """
         path = Path(path)
         if not (path / "config.yaml").is_file():
-            raise FileNotFoundError(f"{path} is no run: it holds no config.yaml; expected a folder that pretrain made")
+            raise FileNotFoundError(
+                f"{path} is not a run: it has no config.yaml; expected a folder that pretrain wrote"
+            )
         return Run(path, load_recipe(str(path / "config.yaml")))
 
     def refuse_code(self) -> None:
-        """Before the settings of a run that anybody may have written decide what is imported.
+        """Refuse settings that name code to import, because a run may come from anyone.
 
         Raises:
-            ValueError: they name code.
+            ValueError: the settings name code.
         """
         name = self.config.views.recipe
         if ":" in name:
             raise ValueError(
-                f"{self.path} names code to import, views.recipe {name!r}, which is not done unasked; if you trust it, "
-                f"name it too: --views.recipe {name}"
+                f"{self.path} names code to import, views.recipe {name!r}, which needs your consent; if you trust it, "
+                f"add --views.recipe {name}"
             )
 
     @property
@@ -152,13 +154,13 @@ class Run:
 
     @property
     def results(self) -> dict[str, dict[str, float]]:
-        """Accuracies in percent, of raw pixels and of the untrained and the trained encoder, as far as known."""
+        """Accuracies in percent of raw pixels, the untrained and the trained encoder; empty if not measured yet."""
         path = self.path / "results.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv; a value that was not taken at a step is absent."""
+        """The rows of metrics.csv; values that were not measured at a step are absent."""
         path = self.path / "metrics.csv"
         if not path.is_file():
             return []
@@ -172,14 +174,14 @@ class Run:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def remove_partial(self) -> None:
-        """Removes what a killed process had begun to write; nothing else may be writing the run."""
+        """Remove files that a killed process left incomplete; no other process may be writing to the run."""
         for folder in (self.path, self.last.parent):
             for partial in folder.glob(".*.partial"):
                 partial.unlink(missing_ok=True)
 
     @contextmanager
     def logged(self) -> Generator[None]:
-        """What the library says goes into log.txt, too."""
+        """Within it, the library's log is also written to log.txt."""
         logger, handler = logging.getLogger("moco"), _LogFile(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         level = logger.level
@@ -191,23 +193,23 @@ class Run:
         finally:
             logger.setLevel(level)
             logger.removeHandler(handler)
-            with suppress(OSError):  # only ever after a write that failed
+            with suppress(OSError):  # fails only after a write that failed
                 handler.close()
 
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A disk that is full stops training at the next checkpoint, not for the sake of a log line."""
+        """Ignore the error: a full disk stops training at the next checkpoint, not because of a log line."""
 
 
 class MetricsWriter:
-    """Appends rows to metrics.csv; a row is in the file as soon as it is written.
+    """Appends rows to metrics.csv; each row is flushed at once.
 
     Args:
-        path: the file; made with its header if it is not there.
-        columns: names, the first of which is `step`.
-        keep_until: rows of later steps are cut: a resumed run writes them again.
-        active: false on all ranks but the first, which then write nothing.
+        path: the file; created with its header if it does not exist.
+        columns: names of the columns, the first of which is `step`.
+        keep_until: rows of later steps are removed, because a resumed run writes them again.
+        active: false on all ranks but the first; those write nothing.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...], *, keep_until: int, active: bool = True):
@@ -217,7 +219,7 @@ class MetricsWriter:
         rows: list[dict[str, str]] = []
         if path.is_file():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                # A row that a crash cut short has no value in its last columns, or none that reads as a number.
+                # A row that a crash cut short has no value in its last columns, or one that is not a number.
                 rows = [row for row in csv.DictReader(file) if _is_whole(row) and int(row["step"]) <= keep_until]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -234,14 +236,14 @@ class MetricsWriter:
                 self._file.flush()
 
     def sync(self) -> None:
-        """Before a checkpoint that counts on these rows."""
+        """Sync the rows to disk, before a checkpoint that relies on them."""
         if self._file:
             with disk_full_named(self._path):
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file:
-            with suppress(OSError):  # rows are flushed as they are written: this fails only after a write that did
+            with suppress(OSError):  # rows are flushed as they are written: this fails only after a failed write
                 self._file.close()
 
 

@@ -1,4 +1,4 @@
-"""The images of a table of embeddings that are most, or least, like a query, by cosine similarity."""
+"""Finding the images in a table of embeddings that are most, or least, similar to a query, by cosine similarity."""
 
 import hashlib
 import os
@@ -23,20 +23,20 @@ from moco.transforms import centred, thumbnail
 from moco.vectors import Embeddings, images_of, load, read_meta
 
 SHOWN, PIXELS = 5, 160
-"""Images of a picture at either end, and the longer side that they are brought to."""
+"""Images in a picture at either end, and the length of their longer side in pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Images like, or unlike, some queries; the most so first.
+    """The answers to some queries, best first.
 
     Attributes:
-        queries: names.
-        rows: of the table, int64 `[queries, k]`; -1 at the end of a query that has fewer answers than others.
-        similarities: cosines, float64 `[queries, k]`; not a number where there is no row.
-        paths: names of the rows that there are.
-        labels: class numbers of the rows `[queries, k]`, or None; -1 where there is no row.
-        classes: names of the class numbers, or None.
+        queries: names of the queries.
+        rows: row numbers in the table, int64 `[queries, k]`; padded with -1 if a query has fewer answers than others.
+        similarities: cosine similarities, float64 `[queries, k]`; NaN for padding.
+        paths: paths of the rows, without padding.
+        labels: class numbers of the rows `[queries, k]`, -1 for padding; or None.
+        classes: names of the classes, or None.
     """
 
     queries: tuple[str, ...]
@@ -48,13 +48,13 @@ class Found:
 
 
 class Asked(NamedTuple):
-    """Queries, understood.
+    """Resolved queries.
 
     Attributes:
-        names: to be shown.
-        vectors: float32 `[queries, F]`.
-        own: row of the table that a query is; -1: it is another image.
-        pixels: of other images, uint8 `[c, h, w]`.
+        names: names to show.
+        vectors: features, float32 `[queries, F]`.
+        own: the query's row in the table; -1 if it is not in the table.
+        pixels: pixels of queries that are not in the table, uint8 `[c, h, w]`; otherwise None.
     """
 
     names: tuple[str, ...]
@@ -72,21 +72,25 @@ def search(
     approximate: bool = False,
     encoder: Any = None,
 ) -> Found:
-    """The images most similar to others.
+    """Find the images most similar to one or more queries.
 
     Args:
-        embeddings: what `moco.embed` gives, or a folder that `moco embed` made.
+        embeddings: the result of `moco.embed`, or a folder written by `moco embed`.
         query: an image file, a row number, a PIL image, a uint8 array `[h, w, c]` or tensor `[c, h, w]`; or several. A
             query that is itself in the table is not among its own answers.
-        k: answers to each; fewer if there are fewer images.
-        farthest: the least similar instead, the least so first.
-        approximate: by a graph of the table, which is made at the first time and kept in its folder; most answers
+        k: number of answers to each query; fewer if there are fewer images.
+        farthest: find the least similar images instead, least similar first.
+        approximate: search a graph of the table, which is built the first time and kept in its folder; most answers
             are those of the exact search, and their similarities are exact. Needs the extra `ann`.
-        encoder: of the embeddings, or where it is; not given: the one that they name. Row numbers need none.
+        encoder: the encoder of the embeddings, or its location; not given: the one that they name. Row numbers need
+            none.
+
+    Returns:
+        The answers to each query, best first.
 
     Raises:
-        ValueError: a query that cannot be read, or an encoder that did not compute these embeddings.
-        ImportError: `approximate` without its extra.
+        ValueError: a query cannot be read, or the encoder is not the one that computed these embeddings.
+        ImportError: `approximate` was given, but its extra is not installed.
 
     Example:
         >>> moco.search("emb", "cat.jpg", k=3).paths                                         # doctest: +SKIP
@@ -97,10 +101,10 @@ def search(
 
 
 def ask(table: Embeddings, query: Any, *, encoder: Any = None) -> Asked:
-    """Queries as `search` takes them, ready for `answer` and `picture`."""
+    """Resolve queries, given as in `search`, for `answer` and `picture`."""
     items = _items(query)
     if not items:
-        raise ValueError("there is no query; expected an image file, a picture or a row number")
+        raise ValueError("there is no query; expected an image file, an image or a row number")
     own = np.array([_row(table, item) for item in items], dtype=np.int64)
     vectors, pixels = np.empty((len(items), table.vectors.shape[1]), np.float32), list[Tensor | None]([None]) * len(own)
     vectors[own >= 0] = table.vectors[own[own >= 0]]
@@ -120,11 +124,11 @@ def ask(table: Embeddings, query: Any, *, encoder: Any = None) -> Asked:
 
 
 def answer(table: Embeddings, asked: Asked, *, k: int = 10, farthest: bool = False, approximate: bool = False) -> Found:
-    """As `search`, of queries that have been understood."""
+    """Answer resolved queries, as `search` does."""
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1")
     if approximate and farthest:
-        raise ValueError("an approximate search finds the most similar; leave out farthest, or approximate")
+        raise ValueError("farthest was given with approximate, which finds the most similar; leave one of them out")
     k = min(k, int((len(table) - (asked.own >= 0)).max()))
     if approximate:
         ranking = likely(table.vectors, asked.vectors, k, own=asked.own, saved=_graph_of(table))
@@ -142,7 +146,7 @@ def answer(table: Embeddings, asked: Asked, *, k: int = 10, farthest: bool = Fal
 
 
 def _graph_of(table: Embeddings) -> Path | None:
-    """Where the graph of an approximate search is kept: another table in the same folder has another."""
+    """Where the graph for approximate search is kept; its name differs for another table in the same folder."""
     if table.folder is None:
         return None
     settings = read_meta(table.folder).settings.model_dump_json()
@@ -152,13 +156,13 @@ def _graph_of(table: Embeddings) -> Path | None:
 def picture(
     embeddings: Embeddings | str | Path, asked: Asked, *, shown: int = SHOWN, images: Images | None = None
 ) -> Figure:
-    """Each query with the images most and least like it, their classes and similarities.
+    """Draw each query with the images most and least similar to it, their classes and similarities.
 
     Args:
-        embeddings: as for `search`.
-        asked: what `ask` gives for these embeddings.
-        shown: images at either end.
-        images: of the rows; not given: looked for where they were.
+        embeddings: as in `search`.
+        asked: queries resolved by `ask` for these embeddings.
+        shown: number of images at either end.
+        images: images of the rows; not given: read from their paths.
     """
     table = load(embeddings) if isinstance(embeddings, str | Path) else embeddings
     images = images or images_of(table)
@@ -181,7 +185,7 @@ def picture(
 
 
 def _small(images: Images | None, pixels: Tensor | None, row: int) -> np.ndarray:
-    """A picture in its own proportions; grey where there is none any more."""
+    """A small image in its own aspect ratio; grey if the file is gone."""
     if pixels is None and images is not None:
         try:
             pixels = images.decode(row)
@@ -204,9 +208,9 @@ def _items(query: Any) -> list[Any]:
 
 
 def _row(table: Embeddings, item: Any) -> int:
-    """Of the table; -1: the query is none of its rows."""
+    """The query's row in the table; -1 if it is not in it."""
     if isinstance(item, bool | np.bool_):
-        raise ValueError(f"a query is {item}; expected an image file, a picture or a row number")
+        raise ValueError(f"a query is {item}; expected an image file, an image or a row number")
     if isinstance(item, int | np.integer):
         if not 0 <= item < len(table):
             raise ValueError(f"row {item} was asked for; expected 0 to {len(table) - 1}")
@@ -230,21 +234,21 @@ def _pixels(item: Any, channels: int) -> UInt8[Tensor, "c h w"]:
 
 
 def _encoder_of(table: Embeddings, given: Any) -> tuple[ImageEncoder, str]:
-    """The encoder that computed a table, and in which arithmetic."""
+    """The encoder that computed a table, and its precision."""
     meta = read_meta(table.folder) if table.folder else None
     named = given if given is not None else table.encoder or (meta.encoder_source if meta else None)
     if named is None:
-        raise ValueError("these embeddings do not say what encoder computed them; give it as encoder (--encoder)")
+        raise ValueError("these embeddings do not say which encoder computed them; give the encoder (--encoder)")
     try:
         encoder = named if isinstance(named, ImageEncoder) else load_encoder(named)
     except FileNotFoundError as error:
-        where = f"{table.folder} was embedded with {named}, which is not there any more"
+        where = f"{table.folder} was embedded with {named}, which is no longer there"
         raise ValueError(f"{where} ({error}); give the encoder (--encoder)") from None
     if meta and fingerprint(encoder) != meta.settings.encoder:
         what = "the encoder" if isinstance(named, ImageEncoder) else str(named)
         raise ValueError(
-            f"{what} is not what {table.folder} was embedded with (its hash differs, it may have been trained on); "
-            "give the right one (--encoder), or embed the images anew"
+            f"{what} is not what {table.folder} was embedded with (its hash differs; it may have been trained "
+            "further); give the right one (--encoder), or embed the images again"
         )
     if encoder.num_features != table.vectors.shape[1]:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The map of images in a browser, served on this machine.
 
-The server gives out what it was given: three files of its own, and images by their row number. A path never is part
-of an address. Nothing that the page shows comes from elsewhere, and a content security policy keeps it so.
+The server only serves its own static files, and images by row number; a path is never part of an address. The page
+loads nothing from elsewhere, which a content security policy enforces.
 """
 
 import hmac
@@ -36,9 +36,9 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 LARGEST_UPLOAD = 32 * 2**20
-"""Bytes of an image to search by."""
+"""Most bytes of an image to search by."""
 KEPT = 128
-"""Answers, most of them sheets of thumbnails of some 160 kB, that are kept for the next who asks."""
+"""Number of answers that are cached, most of them sheets of thumbnails of about 160 kB."""
 STATIC = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")} | {
     f"/{name}": (name, "text/javascript") for name in SCRIPTS
 }
@@ -46,7 +46,7 @@ _LOG = logging.getLogger("moco")
 
 
 class Answer(NamedTuple):
-    """Status, media type and body; `lasting`: the same for as long as the server runs."""
+    """Status, media type and body of an answer; `lasting`: it stays the same while the server runs."""
 
     status: HTTPStatus
     kind: str
@@ -55,17 +55,17 @@ class Answer(NamedTuple):
 
 
 def serve(atlas: Atlas, *, host: str = "127.0.0.1", port: int = 0) -> "Server":
-    """A server that listens; `.url` is where, `.serve_forever()` answers, and leaving it as a context closes it.
+    """Start listening; the server has a `.url`, answers in `.serve_forever()`, and is closed as a context manager.
 
-    On anything but loopback a random token, which is in the URL, is asked for.
+    On any but a loopback address, a random token is required, which is part of the URL.
 
     Args:
-        atlas: what is shown.
+        atlas: the map to show.
         host: address of this machine to listen on.
-        port: 0 takes any that is free.
+        port: port to listen on; 0: any free port.
 
     Raises:
-        ValueError: the port is taken, or the address is not this machine's.
+        ValueError: the port is in use, or the address does not belong to this machine.
 
     Example:
         >>> with serve(open_atlas("emb/")) as server:                                        # doctest: +SKIP
@@ -73,7 +73,7 @@ def serve(atlas: Atlas, *, host: str = "127.0.0.1", port: int = 0) -> "Server":
         ...     server.serve_forever()
     """
     if not 0 <= port < 2**16:
-        raise ValueError(f"port is {port}; expected 1 to 65535, or 0 for any that is free")
+        raise ValueError(f"port is {port}; expected 1 to 65535, or 0 for any free port")
     try:
         return Server(atlas, host, port)
     except OSError as error:
@@ -83,7 +83,7 @@ def serve(atlas: Atlas, *, host: str = "127.0.0.1", port: int = 0) -> "Server":
 
 
 def show(url: str) -> bool:
-    """Opens a browser where there is a screen for one; false where not."""
+    """Open a browser if there is a display for one; returns whether it did."""
     if sys.platform not in ("darwin", "win32") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return False  # a text browser would take the terminal
     return webbrowser.open(url)
@@ -110,26 +110,26 @@ class Server(ThreadingHTTPServer):
         self.url = shown if self.token is None else f"{shown}?token={self.token}"
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Until `shutdown`; the warning filters belong to the process, so that they are set once around all threads."""
+        """Serve until `shutdown`; warning filters belong to the process, so they are set once around all threads."""
         with quiet_pillow():
             super().serve_forever(poll_interval)
 
     def server_bind(self) -> None:
-        """Without looking up a name for the address, which may ask a name server."""
+        """Bind without looking up a name for the address, which might query a name server."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that has turned away is no error."""
+        """Do not report it as an error when a browser closes the connection."""
         _LOG.debug("request from %s not answered", client_address, exc_info=True)
 
 
 def respond(atlas: Atlas, path: str) -> Answer | None:
-    """To a GET of anything but data.json, inside `quiet_pillow`; None: there is no such thing.
+    """Answer a GET of anything but data.json, inside `quiet_pillow`; None: not found.
 
     Args:
-        atlas: what is shown.
-        path: of the address, as it came.
+        atlas: the map to show.
+        path: path of the request, as received.
     """
     if path in STATIC:
         name, kind = STATIC[path]
@@ -147,9 +147,9 @@ def respond(atlas: Atlas, path: str) -> Answer | None:
 
 
 def search_upload(atlas: Atlas, content: bytes) -> Answer:
-    """Neighbours of an image that somebody sends; inside `quiet_pillow`."""
+    """Neighbours of an uploaded image; inside `quiet_pillow`."""
     if atlas.encoder is None:
-        return _plain(HTTPStatus.NOT_FOUND, "The encoder of these embeddings is not at hand.")
+        return _plain(HTTPStatus.NOT_FOUND, "The encoder of these embeddings is not available.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "image"
         file.write_bytes(content)
@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         token = self._here.token
         if token and path == "/" and _same(parse_qs(query).get("token", [""])[0], token):
-            # From here on the browser knows it, and neither the address bar nor the history has to.
+            # From now on, the browser has it as a cookie, and it need not be in the address bar or the history.
             self.send_response(HTTPStatus.SEE_OTHER)
             self.send_header("Location", "./")
             self.send_header("Set-Cookie", f"{self._cookie}={token}; HttpOnly; SameSite=Strict; Path=/")
@@ -180,22 +180,22 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(Answer(HTTPStatus.OK, "application/json", self._here.data, lasting=True))
             else:
                 found = self._here.respond(path)
-                self._send(found or _plain(HTTPStatus.NOT_FOUND, "There is no such thing here."))
+                self._send(found or _plain(HTTPStatus.NOT_FOUND, "Not found."))
 
     def do_POST(self) -> None:
-        # Whatever is refused unread stands in the way of the next request.
+        # A body that is refused unread would be taken for the next request.
         self.close_connection = True
         length = self.headers.get("Content-Length", "")
         if not self._allowed():
             return
         if self.path != "/search":
-            self._send(_plain(HTTPStatus.NOT_FOUND, "There is no such thing here."))
+            self._send(_plain(HTTPStatus.NOT_FOUND, "Not found."))
         elif not (length.isascii() and length.isdigit()):
-            self._send(_plain(HTTPStatus.LENGTH_REQUIRED, "The length has to be given."))
+            self._send(_plain(HTTPStatus.LENGTH_REQUIRED, "Content-Length is required."))
         elif int(length[:12]) > LARGEST_UPLOAD:
             most = LARGEST_UPLOAD // 2**20
             self._send(_plain(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The file is larger than {most} MiB; shrink it."))
-            for _ in range(8 * most):  # a browser reads no answer before it has sent most of what it has
+            for _ in range(8 * most):  # a browser reads no answer before it has sent most of the body
                 if not self.rfile.read(2**17):
                     break
         else:
@@ -208,28 +208,28 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _cookie(self) -> str:
-        # Cookies do not tell ports apart.
+        # Cookies do not distinguish ports.
         return f"moco-{self._here.server_address[1]}"
 
     def _allowed(self) -> bool:
-        """Refuses who came under another name, by a page of somebody else's, or without the token."""
+        """Refuses a foreign Host, another origin, or a missing token."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            self._send(_plain(HTTPStatus.FORBIDDEN, "Another page asks for this."))
+            self._send(_plain(HTTPStatus.FORBIDDEN, "Request from another page refused."))
         elif self._here.token is None:
-            # A name that somebody else lets point to this machine would make their page ours (DNS rebinding).
+            # A foreign name that resolves to this machine would let another page pass for ours (DNS rebinding).
             if host.lower() in self._here.hosts:
                 return True
-            self._send(_plain(HTTPStatus.FORBIDDEN, "This is not the address that was given."))
+            self._send(_plain(HTTPStatus.FORBIDDEN, "Wrong address: open the one that the program printed."))
         else:
             pairs = (pair.strip().partition("=") for pair in self.headers.get("Cookie", "").split(";"))
             if any(name == self._cookie and _same(value, self._here.token) for name, _, value in pairs):
                 return True
-            self._send(_plain(HTTPStatus.FORBIDDEN, "Open the address with the token that the program printed."))
+            self._send(_plain(HTTPStatus.FORBIDDEN, "Open the address with the token, as the program printed it."))
         return False
 
     def _send(self, found: Answer) -> None:
-        # Rows mean other images in another session, so that a browser has to ask whether what it keeps still holds.
+        # Row numbers mean different images in another session, so a browser must ask whether its cache is still valid.
         session = self._here.session
         known = found.lasting and self.headers.get("If-None-Match") == session
         self.send_response(HTTPStatus.NOT_MODIFIED if known else found.status)

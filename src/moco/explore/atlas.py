@@ -1,4 +1,4 @@
-"""All that the page shows of a set of images: the map, their names, their thumbnails, their neighbours."""
+"""What the page shows about a set of images: map, names, thumbnails and neighbours."""
 
 import base64
 import os
@@ -26,16 +26,16 @@ from moco.spacing import evenly
 from moco.vectors import META, Embeddings, images_of, load, read_meta
 
 NEIGHBOURS = 12
-"""Most similar images that the page shows."""
+"""Number of most similar images that the page shows."""
 MOST_OF_RUN = 5000
-"""Images of a run that are embedded for the page, and most that go into a page of one file."""
+"""Most images of a run that are embedded for the page, and default limit for a page saved as one file."""
 MOST = 100_000
-"""Points of a map, unless more are asked for."""
+"""Most points on a map by default."""
 OnProgress = Callable[[str, int, int], None]
 
 
 class Neighbours(NamedTuple):
-    """Rows of the map, the most similar first, and their cosine similarities."""
+    """Rows of the map, most similar first, and their cosine similarities."""
 
     rows: list[int]
     similarity: list[float]
@@ -43,15 +43,15 @@ class Neighbours(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Atlas:
-    """A map of images and what it takes to show them.
+    """A map of images, and everything needed to show it.
 
     Attributes:
-        title: what these images are, in a word or two.
-        about: the same in a sentence, of what and by what.
-        embeddings: one row per image.
-        images: the same rows.
-        layout: likewise.
-        encoder: of the embeddings, to search by a new image; None if it is not at hand.
+        title: short title of the images.
+        about: number of images and name of the encoder.
+        embeddings: features, one row per image.
+        images: the images of the same rows.
+        layout: the map of the same rows.
+        encoder: encoder of the embeddings, to search by a new image; None if it is not available.
     """
 
     title: str
@@ -69,11 +69,11 @@ class Atlas:
         return -(-len(self) // ACROSS**2)
 
     def sheet(self, number: int) -> Sheet:
-        """Thumbnails of the 256 images from place `256 * number` of the layout's order."""
+        """Thumbnails of 256 images, starting at position `256 * number` in the layout's order."""
         return sheet(self.images, self.layout.order[number * ACROSS**2 :][: ACROSS**2].tolist())
 
     def neighbours(self, row: int) -> Neighbours:
-        """Of an image on the map, which is not its own neighbour."""
+        """Neighbours of an image on the map, without itself."""
         return self._nearest(row) if len(self) > 1 else Neighbours([], [])
 
     def search(self, pixels: UInt8[Tensor, "c h w"]) -> Neighbours:
@@ -92,22 +92,22 @@ def open_atlas(
     images: Images | None = None,
     on_progress: OnProgress | None = None,
 ) -> Atlas:
-    """The map of a run's images, or of embeddings.
+    """Open the map of a run's images, or of embeddings.
 
     Args:
-        source: folder of a run, whose training images are embedded, once, in a folder of the run; folder that `moco
-            embed` made; or what `moco.embed` gives.
-        most: images on the map, evenly spaced if there are more; not given: 5,000 of a run, else 100,000.
-        images: of the same rows, for embeddings whose paths lead nowhere.
-        on_progress: called with what is being done, how much of it is done and how much there is.
+        source: folder of a run, whose training images are embedded once and kept in the run; folder written by `moco
+            embed`; or the result of `moco.embed`.
+        most: most images on the map, evenly spaced if there are more; not given: 5,000 for a run, else 100,000.
+        images: images of the same rows, for embeddings whose paths are not files.
+        on_progress: called with what is being done, how much is done and how much there is.
 
     Raises:
         FileNotFoundError: the folder holds neither a run nor embeddings.
-        ValueError: images that are not to be found.
+        ValueError: the images were not found.
     """
     show = on_progress or (lambda *_: None)
     if most is not None and most < 1:
-        raise ValueError(f"at most {most} images were asked for; expected 1 or more")
+        raise ValueError(f"at most {most} images were asked for; expected at least 1")
     if isinstance(source, Embeddings):
         title, embeddings, total = "Images", *_thinned(source, most or MOST)
         images = None if images is None else some_of(images, most or MOST)
@@ -122,16 +122,16 @@ def open_atlas(
         embeddings = replace(embeddings, encoder=_encoder_of(Path(source)))
     else:
         raise FileNotFoundError(
-            f"{source} holds neither a run nor embeddings; expected a folder that `moco pretrain` or `moco embed` made"
+            f"{source} holds neither a run nor embeddings; expected a folder written by `moco pretrain` or `moco embed`"
         )
     images = images or images_of(embeddings)
     if images is None:
         raise ValueError(
             f"the images of {source} were not found (the first is {embeddings.paths[0]!r}); run this where they "
-            "were embedded, or embed them anew"
+            "were embedded, or embed them again"
         )
     if len(images) != len(embeddings):
-        raise ValueError(f"there are {len(images)} images for {len(embeddings)} vectors; expected one for each")
+        raise ValueError(f"there are {len(images)} images for {len(embeddings)} vectors; give one image for each")
     show("map", 0, 1)
     layout = laid_out(embeddings)
     show("map", 1, 1)
@@ -139,11 +139,11 @@ def open_atlas(
 
 
 def page_data(atlas: Atlas, *, whole: bool) -> dict[str, Any]:
-    """What the page's script reads.
+    """The data for the page's script.
 
     Args:
-        atlas: what is shown.
-        whole: with all thumbnails and neighbours, and without what tells about this machine's folders.
+        atlas: the map to show.
+        whole: include all thumbnails and neighbours, and leave out what reveals this machine's folders.
     """
     embeddings, layout = atlas.embeddings, atlas.layout
     start = os.path.commonprefix(embeddings.paths)
@@ -178,13 +178,13 @@ def page_data(atlas: Atlas, *, whole: bool) -> dict[str, Any]:
 
 
 def _packed(array: np.ndarray, kind: str) -> tuple[str, str]:
-    """The name of a typed array of JavaScript, and its bytes in base64."""
+    """The name of a JavaScript typed array, and its bytes in base64."""
     name = {"uint8": "Uint8", "uint16": "Uint16", "uint32": "Uint32", "int32": "Int32", "float32": "Float32"}[kind]
     return f"{name}Array", base64.b64encode(array.astype(np.dtype(kind).newbyteorder("<")).tobytes()).decode()
 
 
 def _encoder_of(folder: Path) -> ImageEncoder | None:
-    """The encoder that the table names, if it is where it was and still the same."""
+    """The encoder that the table names, if it still exists and is unchanged."""
     meta = read_meta(folder)
     if meta.encoder_source is None or not Path(meta.encoder_source).exists():
         return None
@@ -211,5 +211,5 @@ def _thinned(embeddings: Embeddings, most: int) -> tuple[Embeddings, int]:
 
 def _about(embeddings: Embeddings, total: int) -> str:
     shown = f"{len(embeddings):,} images" if len(embeddings) == total else f"{len(embeddings):,} of {total:,} images"
-    by = "" if embeddings.encoder is None else f", as {embeddings.encoder.name} sees them"
+    by = "" if embeddings.encoder is None else f", embedded by {embeddings.encoder.name}"
     return f"{shown}{by}"

@@ -10,15 +10,15 @@ from moco.recipes import load_recipe, recipe_names
 from moco.run import Run
 
 MAX_FLAGS = 20
-"""That a command may take; above it the YAML is named."""
+"""Most flags in a command; with more, the YAML file is used instead."""
 ANY_IMAGES = "YOUR_IMAGES"
-"""In place of a path that only the machine of the run has."""
+"""Replaces a path that exists only on the machine of the run."""
 
 
 def command(run: Run) -> str:
-    """What trains such an encoder on any machine: the recipe, and a flag for each setting that is not the recipe's.
+    """The command that trains such an encoder on any machine: the recipe, and a flag for each setting that differs.
 
-    Where that would be too long, or the settings are of no recipe, they have to be at hand as config.yaml
+    If that would be too long, or the settings come from no recipe, the command uses them as config.yaml
     (`wants_settings`).
     """
     config, changed = run.config, changes(run.config) or {}
@@ -38,14 +38,14 @@ def wants_settings(run: Run) -> bool:
 
 
 def exact_command(run: Run) -> str:
-    """The same here, with every choice that depends on the machine as it was made."""
+    """The command that repeats the run on this machine, with every machine-dependent choice as it was made."""
     return f"moco pretrain {shlex.quote(str(run.path.resolve() / 'config.yaml'))}"
 
 
 def changes(config: PretrainConfig) -> dict[str, tuple[Any, Any]] | None:
-    """Settings that are not the recipe's: what it has and what these have; None if they are of no recipe of ours.
+    """Settings that differ from the recipe's, as (recipe's value, own value); None if they come from no known recipe.
 
-    What the recipe leaves to the machine is no change.
+    Choices that the recipe leaves to the machine do not count.
     """
     if config.recipe not in recipe_names():
         return None
@@ -55,7 +55,7 @@ def changes(config: PretrainConfig) -> dict[str, tuple[Any, Any]] | None:
 
 
 def flat(config: PretrainConfig) -> dict[str, Any]:
-    """All settings by their dotted names, the recipe's name apart."""
+    """All settings by dotted name, except for the recipe's name."""
 
     def walk(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def flat(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _anywhere(source: str) -> bool:
-    """Whether images are found under this name on any machine."""
+    """Whether this name refers to the same images on any machine."""
     return source in (*DATASETS, GIVEN) or source.startswith("hf:") or "://" in source
 
 

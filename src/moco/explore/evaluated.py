@@ -1,4 +1,4 @@
-"""What `moco evaluate` left in the folder of a run."""
+"""The results that `moco evaluate` wrote into a run's folder."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 HEADLINES = {"top1": "top-1", "top5": "top-5", "best_top1": "best top-1"}
-"""Figures that are told in a sentence, in percent; all stand in a table."""
+"""Figures, in percent, that are mentioned in a sentence; all are in a table."""
 MAX_CLASSES = 2_000
-"""Of a matrix that is drawn."""
+"""Most classes of a confusion matrix that is drawn."""
 
 
 class Evaluated(NamedTuple):
-    """One file of `evaluations/`; `counts` as `moco.figures.confusion_matrix` takes them, or None."""
+    """A file in `evaluations/`; `counts` is the confusion matrix for `moco.figures.confusion_matrix`, or None."""
 
     name: str
     data: str
@@ -32,13 +32,13 @@ class Evaluated(NamedTuple):
 
 
 def evaluations(folder: Path) -> list[Evaluated]:
-    """In the order of their names; a file that is something else is left out."""
+    """Evaluations in the order of their names; other files are skipped."""
     found = (_evaluated(path) for path in sorted(folder.glob("*.json")))
     return [each for each in found if each]
 
 
 def read_json(path: Path) -> Any:
-    """None of a file that is not there, or not whole."""
+    """The content of a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -66,7 +66,7 @@ def _evaluated(path: Path) -> Evaluated | None:
 
 
 def _counts(given: Any, path: Path, number: int) -> np.ndarray | None:
-    """Of many classes they lie in a file of their own, beside the JSON."""
+    """The confusion matrix, which is in a separate file beside the JSON if there are many classes."""
     try:
         beside = path.with_name(f"{path.stem}.confusion.npy")
         counts = np.load(beside, allow_pickle=False) if given == beside.name else np.asarray(given)

@@ -1,4 +1,4 @@
-"""A run's health in words, from the rows of metrics.csv alone."""
+"""A run's health in words, from metrics.csv alone."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ from moco.evaluate.health import COLLAPSED_RANK, COLLAPSED_SPREAD
 Rows = Sequence[dict[str, float]]
 
 ENDS = 0.2
-"""Share of the training so far whose trend is told."""
+"""Fraction of the training so far over which the trend is described."""
 MIN_ROWS = 3
-"""That a trend is told from."""
+"""Fewest rows from which a trend is described."""
 TOLD = (
     ("loss", "the loss went from {:.3g} to {:.3g}"),
     ("knn_top1", "kNN accuracy from {:.1f} to {:.1f} %"),
@@ -18,11 +18,11 @@ TOLD = (
 
 
 def health(rows: Rows, chance: float, floor: float) -> tuple[str, list[str]]:
-    """The state in a word or two, and what the last numbers and their trend mean, in sentences.
+    """The state in a word or two, and sentences on what the last metrics and their trend mean.
 
     Args:
-        rows: of metrics.csv, numbers that were taken alone.
-        chance: loss of an encoder that knows nothing.
+        rows: rows of metrics.csv, without values that were not measured.
+        chance: loss at chance level.
         floor: loss if positives were equal and negatives orthogonal.
     """
     if not rows:
@@ -35,24 +35,24 @@ def health(rows: Rows, chance: float, floor: float) -> tuple[str, list[str]]:
             "an image agree and all other images are unrelated."
         )
     if "pretext_accuracy" in last:
-        said.append(f"For {last['pretext_accuracy']:.0f} % of the queries, their own key was the nearest of all keys.")
+        said.append(f"For {last['pretext_accuracy']:.0f} % of the queries, their own key was the nearest of all.")
     if "spread" in last:
-        said.append(f"The spread of the keys is {last['spread']:.2f}: 0 is collapsed, 1 even in all directions.")
+        said.append(f"The spread of the keys is {last['spread']:.2f}: 0 is collapsed, 1 is uniform in all directions.")
     if "effective_rank" in last:
         said.append(
-            f"The features use about {last['effective_rank']:.0f} directions (effective rank); next to 1 they would be "
-            "collapsed. Compare it between runs on the same images."
+            f"The features use about {last['effective_rank']:.0f} directions (effective rank); a value near 1 means "
+            "collapse. Compare it between runs on the same images."
         )
     if {"alignment", "uniformity"} <= last.keys():
         said.append(
             f"Alignment is {last['alignment']:.2f} (0: views of an image look the same to the encoder), uniformity "
-            f"{last['uniformity']:.2f} (0 is collapsed; the lower, the more even)."
+            f"{last['uniformity']:.2f} (0 is collapsed; lower is more uniform)."
         )
     said += filter(None, [trend(rows)])
     collapsed = last.get("spread", 1) < COLLAPSED_SPREAD or last.get("effective_rank", 9) <= COLLAPSED_RANK
     if last.get("epoch", 0) < 1:
-        seen = " So far all images look alike to the encoder, as they often do at first." if collapsed else ""
-        return "too early to say", [f"Before the first epoch is over the numbers say little.{seen}", *said]
+        seen = " So far, all images look alike to the encoder, which is common at first." if collapsed else ""
+        return "too early to say", [f"Before the end of the first epoch, the numbers say little.{seen}", *said]
     if collapsed:
         said.append(
             "All images look alike to the encoder. Lower --optim.base_lr, raise --model.momentum, and leave "
@@ -62,7 +62,7 @@ def health(rows: Rows, chance: float, floor: float) -> tuple[str, list[str]]:
 
 
 def trend(rows: Rows) -> str:
-    """Where the last fifth of the training so far led, in a sentence; nothing if it has few rows.
+    """A sentence on the trend over the last fifth of the training so far; empty if it has too few rows.
 
     The values are those of its first and last row that have one.
     """

@@ -1,4 +1,4 @@
-"""What a map takes long to compute and is there at once the next time: a run's vectors, and where they lie."""
+"""Keeping what takes long to compute for a map: a run's vectors and their layout."""
 
 import hashlib
 import json
@@ -18,18 +18,18 @@ from moco.run import Run, write_atomically
 from moco.vectors import META, Embeddings, read_meta, versions
 
 FOLDER = "explore"
-"""Of a run: in it a table of embeddings by the number of its images."""
+"""Folder in a run with tables of embeddings, each named by its number of images."""
 LAYOUT = "layout.npz"
-"""Beside the vectors that it is of."""
+"""File with the layout, beside the vectors."""
 _LOG = logging.getLogger("moco")
 
 
 def embedded(run: Run, most: int, on_progress: OnProgress) -> tuple[Embeddings, Images, int]:
-    """Vectors of a run's training images, the images, and how many it has; computed once for each state of the encoder.
+    """Vectors of a run's training images, the images, and their total number; computed once per state of the encoder.
 
     Args:
-        run: whose encoder sees its own images.
-        most: images, evenly spaced if there are more.
+        run: the run whose encoder embeds its own images.
+        most: most images, evenly spaced if there are more.
         on_progress: called with (images done, images in all).
     """
     encoder = load_encoder(run.path).to(choose_accelerator("auto"))
@@ -40,14 +40,14 @@ def embedded(run: Run, most: int, on_progress: OnProgress) -> tuple[Embeddings, 
         if (folder / META).is_file():
             before = read_meta(folder).settings
             if (before.encoder, before.images) == (fingerprint(encoder), fingerprint_of_images(images)):
-                precision, batch_size = before.precision, before.batch_size  # those of another machine will do
+                precision, batch_size = before.precision, before.batch_size  # also if from another machine
             else:
                 shutil.rmtree(folder)
         embeddings = embed_to(
             folder, encoder, images, precision=precision, batch_size=batch_size, on_progress=on_progress
         )
-    except OSError as error:  # somebody else's run, or no room
-        _LOG.info("the embeddings are not kept for the next time: %s", error)
+    except OSError as error:  # someone else's run, or no space
+        _LOG.info("the embeddings could not be kept for next time: %s", error)
         return embed(encoder, images, on_progress=on_progress), images, len(found)
     if len(embeddings) < len(images):  # files that cannot be read have no row
         place = {path: index for index, path in enumerate(images.paths)}
@@ -56,7 +56,7 @@ def embedded(run: Run, most: int, on_progress: OnProgress) -> tuple[Embeddings, 
 
 
 def laid_out(embeddings: Embeddings) -> Layout:
-    """As `lay_out`; where the vectors lie on disk, as they were laid out before."""
+    """The layout from `lay_out`, or the one kept on disk for the same vectors."""
     vectors = np.asarray(embeddings.vectors)
     if embeddings.folder is None:
         return lay_out(vectors)
@@ -96,4 +96,4 @@ def _write(path: Path, key: str, found: Layout) -> None:
     try:
         write_atomically(path, write)
     except OSError as error:
-        _LOG.info("the map is not kept for the next time: %s", error)
+        _LOG.info("the map could not be kept for next time: %s", error)

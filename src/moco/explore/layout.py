@@ -1,4 +1,4 @@
-"""Where each image lies on the map, which others it lies with, and how unlike all others it is."""
+"""Position on the map, cluster and outlier score of each image."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from moco.vectors import Embeddings
 NEAREST = 10
 """Neighbours whose mean cosine distance is the outlier score."""
 COMPARED = 20_000
-"""Images that each is compared with for its outlier score."""
+"""Most images that each is compared with for its outlier score."""
 MOST_CLUSTERS = 12
 
 
@@ -24,11 +24,11 @@ class Layout:
     """A map of images.
 
     Attributes:
-        xy: places in [0, 1], one scale for both axes.
-        clusters: numbers from 0, the largest cluster first.
-        outlier: mean cosine distance to the ten nearest other images; higher is stranger.
-        order: all rows, in the order in which their thumbnails come forward as one zooms in.
-        notes: how the map was made, for people.
+        xy: positions in [0, 1], with the same scale for both axes.
+        clusters: cluster numbers from 0, the largest cluster first.
+        outlier: mean cosine distance to the ten nearest other images; higher is more unusual.
+        order: all rows, in the order in which their thumbnails appear when zooming in.
+        notes: remarks on how the map was made.
     """
 
     xy: Float32[np.ndarray, "n 2"]
@@ -41,16 +41,16 @@ class Layout:
 def lay_out(
     vectors: Float32[np.ndarray, "n f"], *, method: Method = "tsne", seed: int = 0, landmarks: int = LANDMARKS
 ) -> Layout:
-    """Places as `moco.layout.coordinates` finds them, clusters of the same components, and outlier scores.
+    """Compute positions with `moco.layout.coordinates`, clusters of the same components, and outlier scores.
 
     Args:
         vectors: features, one row per image; may be memory-mapped.
-        method: of the places.
-        seed: of every draw; the same map each time.
-        landmarks: most images that the method places.
+        method: method for the positions.
+        seed: seed of all random numbers; the same seed gives the same map.
+        landmarks: most images that the method places directly.
 
     Raises:
-        ValueError: no rows, or numbers that are not finite.
+        ValueError: there are no rows, or values are not finite.
         ImportError: the method's package is not installed.
     """
     xy, components, notes = coordinates(vectors, method=method, seed=seed, landmarks=landmarks)
@@ -59,9 +59,9 @@ def lay_out(
 
 
 def level_order(xy: Float32[np.ndarray, "n 2"]) -> UInt32[np.ndarray, " n"]:
-    """Rows: one of each square of a coarse grid, then of ever finer ones, in Morton order within a grid.
+    """Rows in display order: one from each square of a coarse grid, then of ever finer ones, in Morton order.
 
-    Thumbnails that show together, however far one has zoomed in, then lie together in a few sprite sheets.
+    Thumbnails that are visible together, at any zoom, are then together in a few sprite sheets.
     """
     grid = np.clip(xy * 65535, 0, 65535).astype(np.uint64)
     morton = _spread_bits(grid[:, 0]) | (_spread_bits(grid[:, 1]) << np.uint64(1))
@@ -76,7 +76,7 @@ def level_order(xy: Float32[np.ndarray, "n 2"]) -> UInt32[np.ndarray, " n"]:
 
 
 def _spread_bits(number: np.ndarray) -> np.ndarray:
-    """Puts a zero between the bits of a 16-bit number."""
+    """Insert a zero between the bits of a 16-bit number."""
     for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
         number = (number | (number << np.uint64(shift))) & np.uint64(mask)
     return number
@@ -107,4 +107,4 @@ def _outlier_scores(vectors: np.ndarray) -> tuple[Float32[np.ndarray, " n"], tup
         queries = torch.from_numpy(np.array(vectors[start : start + COMPARED]))
         near = nearest(bank, queries, NEAREST, own=own[start : start + COMPARED])
         scores.append(1 - near.similarity.mean(dim=1))
-    return torch.cat(scores).numpy(), (f"Outlier scores compare with {COMPARED:,} images.",)
+    return torch.cat(scores).numpy(), (f"Outlier scores are based on {COMPARED:,} images.",)

@@ -1,4 +1,4 @@
-"""A run as one page that opens anywhere: nothing is fetched, nothing is run, and every name is shown as text."""
+"""A report on a run as one HTML page that fetches nothing, runs no scripts and shows every name as plain text."""
 
 import logging
 import re
@@ -25,23 +25,23 @@ from moco.run import Run, write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 REFRESH = 30
-"""Seconds after which the page of an unfinished run loads itself again."""
+"""Seconds after which the page of an unfinished run reloads."""
 BETWEEN = 60.0
-"""Seconds between two writings of it, at least."""
+"""Least seconds between two updates of the file."""
 
 
 def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
-    """Writes what there is to see of a run as one HTML file.
+    """Write a report on a run as one HTML file.
 
     Args:
-        run: or its folder; it need not have finished.
-        out: the file; not given: report.html of the run.
+        run: a run or its folder; it need not have finished.
+        out: file to write; not given: report.html in the run's folder.
 
     Returns:
-        Where it is.
+        Path of the file.
 
     Raises:
-        FileNotFoundError: there is no run there.
+        FileNotFoundError: there is no run at `run`.
 
     Example:
         >>> report("runs/first")                                                             # doctest: +SKIP
@@ -54,17 +54,17 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
 
 
 def refresh(run: Run, *, between: float = BETWEEN, live: bool = True) -> bool:
-    """The same by the process that trains: not again within `between` seconds, and never in training's way.
+    """Update the report during training, at most every `between` seconds; never raises an error.
 
-    What goes wrong is said in the log.
+    Errors are logged.
 
     Args:
-        run: in training, finished or stopped.
-        between: seconds since the file was last written; 0: at once.
-        live: the page loads itself again until the run has finished; not so when training stops.
+        run: a run in training, finished or stopped.
+        between: least seconds since the file was last written; 0: update in any case.
+        live: whether the page reloads until the run has finished; false when training stops.
 
     Returns:
-        Whether it was written.
+        Whether the report was written.
     """
     path = run.path / "report.html"
     try:
@@ -79,28 +79,28 @@ def refresh(run: Run, *, between: float = BETWEEN, live: bool = True) -> bool:
 
 
 def compare(runs: Sequence[Run | str | Path], out: str | Path = "comparison.html") -> Path:
-    """Writes several runs side by side as one HTML file.
+    """Write a comparison of several runs as one HTML file.
 
     Args:
-        runs: or their folders, at least two.
-        out: the file.
+        runs: at least two runs, or their folders.
+        out: file to write.
 
     Returns:
-        Where it is.
+        Path of the file.
 
     Raises:
-        ValueError: fewer than two runs.
-        FileNotFoundError: there is no run in one of the folders.
+        ValueError: fewer than two runs were given.
+        FileNotFoundError: one of the folders holds no run.
     """
     opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
     if len(opened) < 2:
-        raise ValueError(f"{len(opened)} run was given; expected at least two to compare")
+        raise ValueError(f"{len(opened)} run was given; give at least two to compare")
     _write(Path(out), comparison(opened))
     return Path(out)
 
 
 def page(run: Run, *, live: bool = False) -> str:
-    """The HTML of `report`; `live`: it is written anew as training goes on."""
+    """The HTML of `report`; `live`: the page reloads until the run has finished."""
     of = Summary(run)
     chance, floor = of.loss_range
     panels = curve_panels(of.rows, chance=chance, floor=floor, baselines=of.baselines) if of.rows else {}
@@ -143,9 +143,9 @@ def comparison(runs: Sequence[Run]) -> str:
     rows = {name: of.rows for name, of in zip(names, found, strict=True)}
     columns = list(dict.fromkeys(column for of in found for row in of.table for column in row))
     last = [{column: text for row in of.table for column, text in row.items() if text} for of in found]
-    drawn = {"knn_top1": "kNN accuracy, %", "loss": "InfoNCE loss as a share of chance", "spread": "Spread of the keys"}
+    drawn = {"knn_top1": "kNN accuracy, %", "loss": "InfoNCE loss / chance", "spread": "Spread of the keys"}
     drawn |= {"effective_rank": "Effective rank of the features"} if "effective_rank" in columns else {}
-    # Queues of different length have different chance: the losses themselves say little beside each other.
+    # Chance depends on the length of the queue, so the losses themselves cannot be compared.
     units = {"loss": {name: of.loss_range[0] for name, of in zip(names, found, strict=True)}}
     curves = [
         _inline(overlay(rows, column, title=title, unit=units.get(column)), title, column)
@@ -170,7 +170,7 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The folders' names, with as much of what is above them as tells them apart; at last their numbers."""
+    """The names of the folders, with as many parents as needed to tell them apart, or else with a number."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-depth:]) for each in parts]
@@ -183,11 +183,11 @@ def _confusion(of: Evaluated, number: int) -> Markup | None:
     if of.counts is None:
         return None
     figure = confusion_matrix(of.counts, list(of.per_class), title=of.name)
-    return _inline(figure, f"Confusion matrix of {of.name}: which classes are taken for which", f"confusion{number}")
+    return _inline(figure, f"Confusion matrix of {of.name}", f"confusion{number}")
 
 
 def _inline(figure: Figure, label: str, name: str) -> Markup:
-    """A figure for a place within the page; what is drawn in it was escaped when it was drawn."""
+    """A figure to embed in the page; its text was escaped when it was drawn."""
     return Markup(svg(figure, name=name)).replace("<svg", Markup('<svg role="img" aria-label="{}"').format(label), 1)
 
 
@@ -219,9 +219,9 @@ def _environment() -> Environment:
 
 
 def _clean(value: Any) -> Any:
-    """Settings as the command line spells them, and names without what no page may hold.
+    """Spell settings as on the command line, and replace characters that are not allowed in a page.
 
-    That is control characters, and the halves of letters that names of files can have.
+    These are control characters, and lone surrogates, which file names can contain.
     """
     if value is None or isinstance(value, bool):
         return str(value).lower()

@@ -14,15 +14,15 @@ SCRIPTS = tuple(
     f"{name}.js"
     for name in ("document", "images", "tints", "points", "thumbnails", "view", "panel", "pointer", "keyboard", "page")
 )
-"""Of the page, in the order in which they run."""
+"""Scripts of the page, in the order in which they run."""
 
 
 def save_page(atlas: Atlas, path: str | Path) -> None:
-    """The map as one file that opens from disk, with its thumbnails and each image's neighbours inside.
+    """Save the map as one file that opens from disk, with its thumbnails and each image's neighbours.
 
     Args:
-        atlas: what is shown.
-        path: of the file; one that is there is replaced.
+        atlas: the map to save.
+        path: file to write; an existing one is replaced.
 
     Example:
         >>> save_page(open_atlas("runs/first", most=2000), "map.html")                         # doctest: +SKIP
@@ -30,7 +30,7 @@ def save_page(atlas: Atlas, path: str | Path) -> None:
     style, scripts = read_page("page.css"), {name: read_page(name) for name in SCRIPTS}
     with quiet_pillow():
         data = json.dumps(page_data(atlas, whole=True), separators=(",", ":"))
-    data = data.replace("<", "\\u003c")  # no name can end the element that it stands in
+    data = data.replace("<", "\\u003c")  # no name can close the element that contains it
     policy = (
         f"default-src 'none'; script-src {' '.join(map(_hash, scripts.values()))}; style-src {_hash(style)}; "
         "img-src blob: data:; base-uri 'none'; form-action 'none'"
@@ -51,7 +51,7 @@ def save_page(atlas: Atlas, path: str | Path) -> None:
 
 
 def read_page(name: str) -> str:
-    """One of the page's own files."""
+    """Read one of the page's own files."""
     return (files("moco.explore") / "page" / name).read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a run's folder and what is said of each; what they show is read from pictures.json."""
+"""The pictures in a run's folder and their captions; what they show is read from pictures.json."""
 
 import base64
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 NAMES = ("views", "neighbours", "map", "similarities")
-"""Each may lie in the folder as NAME.svg or NAME.png."""
+"""Pictures, each of which may be in the folder as NAME.svg or NAME.png."""
 SAFE = "/;=+,!@*$?~-_."
-"""What may stand in a data URI as it is."""
+"""Characters that need no escaping in a data URI."""
 
 
 class Picture(NamedTuple):
-    """A picture of the folder with its heading and words; `source` is a data URI."""
+    """A picture with its heading and caption; `source` is a data URI."""
 
     name: str
     heading: str
@@ -22,11 +22,11 @@ class Picture(NamedTuple):
 
 
 def pictures(folder: Path, facts: Any) -> list[Picture]:
-    """Those that lie in the folder, ready to be shown without it.
+    """The pictures in a run's folder, as data URIs.
 
     Args:
-        folder: of the run.
-        facts: of pictures.json; what is missing or something else is not spoken of.
+        folder: folder of the run.
+        facts: content of pictures.json; facts that are missing or malformed are not mentioned.
     """
     known, found = facts if isinstance(facts, dict) else {}, []
     for name in NAMES:
@@ -37,7 +37,7 @@ def pictures(folder: Path, facts: Any) -> list[Picture]:
 
 
 def _source(path: Path) -> str:
-    """As a data URI; an SVG is mostly base64 already, and would only grow by another round."""
+    """The picture as a data URI; an SVG is mostly base64 already, and encoding it again would only enlarge it."""
     drawn, painted = (_content(path.with_suffix(ending)) for ending in (".svg", ".png"))
     if drawn.startswith(b"<svg"):
         return f"data:image/svg+xml,{quote(drawn, safe=SAFE)}"
@@ -51,16 +51,16 @@ def _content(path: Path) -> bytes:
 
 
 def asked(facts: Any) -> str:
-    """Which images the table of accuracies asks about, in a sentence or two."""
+    """Which images the table of accuracies is about, in a sentence or two."""
     part = _Facts(facts if isinstance(facts, dict) else {}, "images").word("asked")
     if part == "test":
-        return "Each test image, which was not trained on, takes the label of the training images most like it."
+        return "Each test image, which was not trained on, is given the label of the most similar training images."
     if part == "tenth":
         return (
-            "There are no test images: every tenth training image takes the label of those among the other nine "
-            "tenths that are most like it. All of them were trained on, without their labels."
+            "There are no test images: every tenth training image is given the label of the most similar images among "
+            "the other nine tenths. All of them were used in training, without their labels."
         )
-    return "Each image that is asked about takes the label of the images whose features are most like its own."
+    return "Each image is given the label of the images whose features are most similar to its own."
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class _Facts:
 
 def _views(facts: _Facts) -> tuple[str, str]:
     return "What the model sees", (
-        "Each image is cropped and changed in two ways. The encoder learns to tell that two such views belong "
-        "together. If you cannot tell it yourself, the views are too strong."
+        "Each image is cropped and changed in two ways. The encoder learns to recognise that two such views belong "
+        "together. If you cannot tell yourself, the augmentation is too strong."
     )
 
 
@@ -107,7 +107,7 @@ def _neighbours(facts: _Facts) -> tuple[str, str]:
     else:
         start = "A few images, with those"
     return "Neighbours", (
-        f"{start} that the encoder finds most and least like them; the number is the cosine similarity of the features."
+        f"{start} that the encoder finds most and least similar; the number is the cosine similarity of the features."
     )
 
 
@@ -117,17 +117,17 @@ def _map(facts: _Facts) -> tuple[str, str]:
     if shown is not None and drawn is not None and drawn < shown:
         dots = f"; the {shown - drawn:,} without room for a thumbnail are dots"
     words = (
-        f"{share[0].upper()}{share[1:]} on a plane{dots}. Near neighbours mean something; distances between groups, "
-        "and how large a group is, do not. A thumbnail stands in the nearest free square of a grid."
+        f"{share[0].upper()}{share[1:]} on a plane{dots}. Near neighbours are meaningful; distances between groups and "
+        "the size of a group are not. Thumbnails are placed in the nearest free square of a grid."
     )
     return "Map", words
 
 
 def _similarities(facts: _Facts) -> tuple[str, str]:
     of = f" of {facts.share('shown')}" if facts.count("shown") is not None else ""
-    return "How alike views are", (
-        f"Cosine similarity of projections{of}, which is what the loss works on. The less the two heaps overlap, the "
-        "better an image is known by its other view."
+    return "Similarity of views", (
+        f"Cosine similarity of projections{of}, which is what the loss uses. The less the two histograms overlap, the "
+        "better an image is recognised by its other view."
     )
 
 

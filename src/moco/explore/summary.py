@@ -1,4 +1,4 @@
-"""What the folder of a run says, as words, tables and pictures; nothing is computed anew and no image is read."""
+"""The content of a run's folder as text, tables and pictures; nothing is computed again and no image is read."""
 
 import csv
 import re
@@ -21,11 +21,11 @@ MEASURES = {
 }
 WITH_ARTICLE = {"untrained encoder": "the untrained encoder", "encoder at the start": "the encoder it started from"}
 MAX_ROWS = 200
-"""Rows of metrics.csv that are shown; evenly spaced ones of more, and the last."""
+"""Most rows of metrics.csv that are shown: evenly spaced if there are more, and always the last."""
 
 
 class Cell(NamedTuple):
-    """A number: as shown, as written in the file, and as a share of 100 for a bar."""
+    """A number: as shown, as written in the file, and limited to 0 to 100 for a bar."""
 
     text: str
     exact: str
@@ -33,10 +33,10 @@ class Cell(NamedTuple):
 
 
 class Summary:
-    """All that is known of a run, read when it is asked for.
+    """Everything known about a run, read on demand.
 
     Args:
-        run: finished or not.
+        run: a run, finished or not.
     """
 
     def __init__(self, run: Run):
@@ -45,7 +45,7 @@ class Summary:
 
     @cached_property
     def table(self) -> list[dict[str, str]]:
-        """metrics.csv as it is written; a row that is being written just now is left out."""
+        """The rows of metrics.csv as text; a row that is still being written is left out."""
         try:
             text = (self.run.path / "metrics.csv").read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -55,7 +55,7 @@ class Summary:
 
     @cached_property
     def rows(self) -> list[dict[str, float]]:
-        """The same as numbers; a value that was not taken at a step is absent."""
+        """The rows of metrics.csv as numbers; values that were not measured at a step are absent."""
         return [{name: float(value) for name, value in row.items() if value} for row in self.table]
 
     @property
@@ -77,7 +77,7 @@ class Summary:
 
     @property
     def measures(self) -> dict[str, str]:
-        """Columns of the table of results, by their names in the file."""
+        """Headings of the columns in the table of results, by their names in the file."""
         known = {name for row in self.results.values() for name in row}
         return {
             name: MEASURES.get(name, name) for name in [*MEASURES, *sorted(known - MEASURES.keys())] if name in known
@@ -89,7 +89,7 @@ class Summary:
 
     @property
     def comparison(self) -> str:
-        """Whether training was worth it, in a sentence."""
+        """A sentence that compares the trained encoder with the baselines."""
         own = self.results.get(TRAINED, {}).get("knn_top1")
         if own is None or not self.baselines:
             return ""
@@ -97,7 +97,7 @@ class Summary:
             f"{abs(own - level):.1f} points {'above' if own >= level else 'below'} {WITH_ARTICLE.get(who, who)}"
             for who, level in self.baselines.items()
         ]
-        return f"With all labels known, the trained encoder is {' and '.join(gains)}."
+        return f"With all labels, the trained encoder is {' and '.join(gains)}."
 
     @property
     def baselines(self) -> dict[str, float]:
@@ -105,7 +105,7 @@ class Summary:
 
     @property
     def loss_range(self) -> tuple[float, float]:
-        """Of an encoder that knows nothing, and the floor."""
+        """The loss at chance level, and its floor."""
         return loss_range(self.config.model, self.config.batch_size)
 
     @property
@@ -122,7 +122,7 @@ class Summary:
 
     @cached_property
     def num_images(self) -> str:
-        """As it was said before training."""
+        """The number of images, as logged before training."""
         try:
             text = (self.run.path / "log.txt").read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -132,12 +132,12 @@ class Summary:
 
     @property
     def record(self) -> dict[str, str]:
-        """What the recipe's header says, if the run is of a recipe of ours."""
+        """The content of the recipe's header, if the run comes from a known recipe."""
         return recipe_record(self.config.recipe) if self.config.recipe in recipe_names() else {}
 
     @property
     def facts(self) -> dict[str, str]:
-        """What was trained on what, in a few lines."""
+        """What was trained, and on what, by heading."""
         config, model = self.config, self.config.model
         images = f"{self.num_images} images of " if self.num_images else ""
         stem = "" if model.stem == "imagenet" else f", {model.stem} stem"
@@ -150,7 +150,7 @@ class Summary:
         epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
         return {
             "Images": f"{images}{config.data.source}",
-            "Views": f"{config.views.recipe}, {config.views.size} pixels a side",
+            "Views": f"{config.views.recipe}, {config.views.size} pixels wide",
             "Encoder": f"{model.backbone}{stem}{start}",
             "Method": f"MoCo {model.variant}, {queue}temperature {model.temperature:g}, "
             f"key momentum {model.momentum:g}",
@@ -164,7 +164,7 @@ class Summary:
 
     @property
     def health(self) -> tuple[str, list[str]]:
-        """The state in a word or two, and what the last numbers mean, in sentences."""
+        """The state in a word or two, and sentences on what the last metrics mean."""
         return health(self.rows, *self.loss_range)
 
     @cached_property
@@ -173,7 +173,7 @@ class Summary:
 
     @property
     def asked(self) -> str:
-        """What the accuracies are of, in a sentence or two."""
+        """Which images the accuracies are about, in a sentence or two."""
         return asked(self._facts)
 
     @property

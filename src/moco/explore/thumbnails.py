@@ -1,6 +1,6 @@
-"""Images as a page shows them: many small ones on one sheet, or one large.
+"""Images for the page: many thumbnails on a sheet, or one large image.
 
-All of it is called inside `quiet_pillow`, which whoever uses threads enters once around them all.
+All functions are called inside `quiet_pillow`, which is entered once around all threads.
 """
 
 import base64
@@ -25,26 +25,26 @@ from moco.transforms import pixels_of
 CELL = 48
 """Longest side of a thumbnail in pixels."""
 ACROSS = 16
-"""Thumbnails in a row of a sheet, and rows."""
+"""Number of thumbnails in a row of a sheet, and of rows."""
 LARGEST = 1024
 """Longest side in pixels of an image shown alone."""
 
 
 class Sheet(TypedDict):
-    """A sprite sheet: the size in pixels of each thumbnail, row by row ([0, 0]: unreadable), and a data URI of all."""
+    """A sprite sheet: the size in pixels of each thumbnail, row by row ([0, 0] if unreadable), and a data URI."""
 
     sizes: list[list[int]]
     image: str
 
 
 def sheet(images: Images, rows: Sequence[int]) -> Sheet:
-    """At most 256 thumbnails in their own aspect ratio, each at the top left of its square.
+    """Draw at most 256 thumbnails in their own aspect ratio, each at the top left of its square.
 
-    Images of less than half the square are magnified a whole number of times, so that their pixels stay sharp.
+    Images of less than half the square are magnified by a whole number, so that their pixels stay sharp.
 
     Args:
-        images: where they come from.
-        rows: which of them, in the order of the squares.
+        images: the images.
+        rows: which of them to draw, in the order of the squares.
     """
     across = min(ACROSS, len(rows))
     canvas, sizes = Image.new("RGB", (CELL * across, CELL * -(-len(rows) // ACROSS))), []
@@ -62,7 +62,7 @@ def sheet(images: Images, rows: Sequence[int]) -> Sheet:
 
 
 def large(images: Images, row: int) -> tuple[str, bytes]:
-    """One image, shrunk if it is very large: its media type and its bytes. Nothing of the file but pixels is in them.
+    """Media type and bytes of one image, shrunk if it is very large and re-encoded without the file's metadata.
 
     Raises:
         BadImage: the file cannot be read.
@@ -83,7 +83,7 @@ def _thumbnail(images: Images, row: int) -> Image.Image | None:
 
 
 def _read(images: Images, row: int, side: int) -> Image.Image:
-    """An image that fits a square, upright and in colour; a large JPEG is never decoded at its full size."""
+    """An image that fits into a square, upright and in colour; a large JPEG is never decoded at full size."""
     if isinstance(images, ArrayImages):
         return _picture(images.decode(row), side)
     return _picture(_reduced(images, row, 2 * side), side)
@@ -104,7 +104,7 @@ def _reduced(images: FileImages, row: int, least: int) -> UInt8[Tensor, "c h w"]
 
 
 def _picture(pixels: UInt8[Tensor, "c h w"], side: int) -> Image.Image:
-    """In colour or, with fewer than three channels, the first of them in grey; shrunk to fit a square."""
+    """The image in colour or, with fewer than three channels, its first one in grey; shrunk to fit into a square."""
     array = pixels[:3].permute(1, 2, 0).numpy() if len(pixels) >= 3 else pixels[0].numpy()
     picture = Image.fromarray(array).convert("RGB")
     if max(picture.size) > side:

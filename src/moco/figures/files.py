@@ -1,4 +1,4 @@
-"""Pictures as files: PNG in the colours they were drawn in, SVG in those that the reader prefers."""
+"""Writing pictures to files: PNG in the colours they were drawn in, SVG in light or dark as the reader prefers."""
 
 import base64
 import io
@@ -22,17 +22,17 @@ SAVED: dict[Any, Any] = {
     "image.composite_image": False,  # every picture keeps its own pixels
 }
 MAX_PLAIN = 1_000
-"""Bytes of a picture within an SVG above which it is kept as JPEG."""
+"""Size in bytes above which a picture within an SVG may be stored as JPEG."""
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG or SVG, as the name's ending says.
+    """Write a figure as PNG or SVG, according to the suffix of the path.
 
-    A PNG has the colours it was drawn in. An SVG drawn in `LIGHT` has no background and takes the colours of `DARK`
-    wherever the reader prefers a dark page.
+    A PNG has the colours it was drawn in. An SVG drawn in `LIGHT` has no background, and takes the colours of `DARK` if
+    the reader prefers dark pages.
 
     Raises:
-        ValueError: another ending.
+        ValueError: the suffix is neither .png nor .svg.
     """
     if path.suffix == ".svg":
         content = svg(figure, alone=True).encode()
@@ -47,10 +47,10 @@ def svg(figure: Figure, *, alone: bool = False, name: str = "figure") -> str:
     """A figure drawn in `LIGHT` as an SVG element whose colours follow the reader's preference.
 
     Args:
-        figure: any; its background is left out.
-        alone: for a file of its own, and not for a place within HTML. There the colours come from the page, as custom
+        figure: any figure; its background is left out.
+        alone: whether it is for a file of its own. Embedded in HTML, the colours come from the page, as custom
             properties `--figure-ink` and so on (`colours`).
-        name: what ids within the element begin with; no two on a page may share it.
+        name: prefix of the ids within the element; unique on a page.
     """
     text = _drawn(figure, "svg").decode()
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], count=1, flags=re.DOTALL)

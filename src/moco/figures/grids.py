@@ -1,4 +1,4 @@
-"""Pictures side by side: an encoder is judged by its neighbours, a recipe by its views."""
+"""Grids of images: neighbours, to judge an encoder by, and views, to judge a recipe by."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from moco.figures.letters import fitted
 from moco.figures.theme import LIGHT, Theme, blank
 
 CELL, GAP, HEAD, EDGE, LINE = 1.0, 0.12, 0.42, 0.12, 0.2
-"""Side of a picture, room between pictures, the heading's, the margin's and a caption's, in inches."""
+"""Side of an image, gap between images, and heights of the heading, the margin and a caption, in inches."""
 LETTERS = 11
-"""Size of captions in points."""
+"""Font size of captions in points."""
 
 
 class Alike(NamedTuple):
-    """An image and how alike it is; the picture is uint8 `[h, w]` or `[h, w, 3]`."""
+    """An image and its similarity to a query; the picture is uint8 `[h, w]` or `[h, w, 3]`."""
 
     picture: np.ndarray
     name: str
@@ -42,9 +42,9 @@ class Views(NamedTuple):
 
 
 def neighbours(rows: Sequence[Neighbours], *, theme: Theme = LIGHT) -> Figure:
-    """Each query with the images that the encoder finds most and least like it, either the most so first.
+    """Draw each query with the images that the encoder finds most and least similar, most extreme first.
 
-    The name stands above an image, its similarity below.
+    The name is above each image, its similarity below.
 
     Args:
         rows: one per query.
@@ -84,7 +84,7 @@ def neighbours(rows: Sequence[Neighbours], *, theme: Theme = LIGHT) -> Figure:
 
 
 def views(columns: Sequence[Views], *, theme: Theme = LIGHT) -> Figure:
-    """Images, and below each the two views that the model learns to bring together.
+    """Draw images, and below each the two views that the model learns to bring together.
 
     Args:
         columns: one per image.
@@ -112,17 +112,17 @@ def _cut(name: str) -> str:
 def _write(
     figure: Figure, x: float, y: float, text: str, colour: str, *, size: int = LETTERS, to: str = "center"
 ) -> None:
-    """A text in the middle of a line; inches from the left and from the top."""
+    """Write text vertically centred on a line; the position is in inches from the left and the top."""
     if text:
         width, height = figure.get_size_inches()
         figure.text(x / width, 1 - y / height, text, color=colour, ha=to, va="center", fontsize=size, parse_math=False)
 
 
 def _draw(figure: Figure, left: float, top: float, picture: np.ndarray) -> None:
-    """A picture in its own proportions, in the middle of a square; lengths in inches."""
+    """Draw a picture in its own aspect ratio, centred in a square; lengths in inches."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, 1 - (top + CELL) / height, CELL / width, CELL / height))
-    # Few pixels stay squares, many are drawn smoothly.
+    # Pixels of small images stay square, large images are smoothed.
     smooth = "none" if min(picture.shape[:2]) < 48 else "antialiased"
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation=smooth, aspect="equal")
     axes.set_axis_off()

@@ -1,4 +1,4 @@
-"""Names of files and classes as they can be drawn: no control characters, not too wide, in fonts that have them."""
+"""Preparing names for drawing: no control characters, not too wide, in fonts that have their letters."""
 
 import logging
 import re
@@ -19,17 +19,17 @@ WIDE = re.compile(
     r"|Arial Unicode|FreeSans|Nirmala|Mangal|Lohit|Leelawadee|Thonburi|Loma|Code2000",
     re.IGNORECASE,
 )
-"""Fonts with letters that it lacks, as systems call them."""
+"""Names of fonts that may have the letters it lacks."""
 
 
 def plain(text: str, most: int = 60) -> str:
-    """A name as it can be drawn: without control characters, and not too long."""
+    """A name that can be drawn: without control characters, and at most `most` characters long."""
     shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def fitted(text: str, width: float, size: float) -> str:
-    """As much of a name as is no wider than `width`, in points, at a font size."""
+    """A name, shortened so that it is at most `width` points wide at a font size."""
     shown = plain(text, 200)
     if measured(shown, size) <= width:
         return shown
@@ -51,7 +51,7 @@ def measured(text: str, size: float) -> float:
 
 
 def families(text: str) -> list[str]:
-    """Fonts that have the letters of a text between them, as far as any that is installed has."""
+    """Installed fonts that together have the letters of a text, as far as possible."""
     missing, found = _lacking(text, [OWN]), [OWN]
     for name in _wide() if missing else ():
         if missing & _letters(name):
@@ -61,11 +61,11 @@ def families(text: str) -> list[str]:
 
 
 def lettered(figure: Figure, *, painted: bool) -> None:
-    """Gives each text of a figure the fonts that it needs.
+    """Give each text of a figure the fonts that it needs.
 
     Args:
-        figure: any.
-        painted: its letters become pixels. What no font has is then said, once, in the log.
+        figure: any figure.
+        painted: whether its letters become pixels; letters that no font has are then reported once in the log.
     """
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
@@ -100,6 +100,6 @@ def _letters(name: str) -> frozenset[int]:
 @cache
 def _say_once() -> None:
     logging.getLogger("moco").warning(
-        "no installed font has all letters of the names: boxes stand for them in PNG files; install one, such as Noto "
-        "Sans CJK"
+        "no installed font has all letters of the names, so PNG files show boxes instead; install one that does, such "
+        "as Noto Sans CJK"
     )

@@ -1,4 +1,4 @@
-"""Numbers over the epochs, and how alike views are."""
+"""Plots of metrics over the epochs, and of the similarity of views."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,13 +15,13 @@ STROKES = ("solid", "dashed", "dashdot", "dotted")
 
 
 def curves(rows: Rows, *, chance: float, floor: float, baselines: Mapping[str, float], theme: Theme = LIGHT) -> Figure:
-    """Loss, kNN accuracy, similarities, pretext accuracy, and health where it was taken, over the epochs.
+    """Plot loss, kNN accuracy, similarities, pretext accuracy and, if measured, health over the epochs.
 
     Args:
-        rows: of metrics.csv.
-        chance: loss of an encoder that knows nothing.
+        rows: rows of metrics.csv.
+        chance: loss at chance level.
         floor: loss if positives were equal and negatives orthogonal.
-        baselines: kNN accuracy in percent of what the encoder has to beat, by name.
+        baselines: kNN accuracy in percent of the baselines, by name.
         theme: colours.
     """
     drawings = _panels(rows, chance, floor, baselines, theme)
@@ -35,7 +35,7 @@ def curves(rows: Rows, *, chance: float, floor: float, baselines: Mapping[str, f
 def curve_panels(
     rows: Rows, *, chance: float, floor: float, baselines: Mapping[str, float], theme: Theme = LIGHT
 ) -> dict[str, Figure]:
-    """The same, each a figure of its own that a narrow screen can show; by name. Arguments as of `curves`."""
+    """Plot each panel of `curves` as a separate figure, by name, for narrow screens; takes the same arguments."""
     panels: dict[str, Figure] = {}
     for name, draw in _panels(rows, chance, floor, baselines, theme).items():
         panels[name] = blank(4.6, 3.0, theme)
@@ -46,7 +46,7 @@ def curve_panels(
 def _panels(
     rows: Rows, chance: float, floor: float, baselines: Mapping[str, float], theme: Theme
 ) -> dict[str, Callable[[Axes], None]]:
-    """What draws each, by name: four, or six."""
+    """Functions that draw the panels, by name: four, or six with health."""
     found: dict[str, Callable[[Axes], None]] = {
         "loss": lambda axes: _draw_loss(axes, rows, chance, floor, theme),
         "kNN accuracy": lambda axes: _draw_knn(axes, rows, baselines, theme),
@@ -67,13 +67,13 @@ def overlay(
     unit: Mapping[str, float] | None = None,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """One column of metrics.csv of several runs over the epochs.
+    """Plot one column of metrics.csv for several runs over the epochs.
 
     Args:
-        runs: rows by the name of the run.
-        column: that is drawn; a run without it is left out.
-        title: of the figure.
-        unit: what a run's values are divided by, by its name; 1 is then a level line.
+        runs: rows by name of the run.
+        column: column to plot; runs without it are left out.
+        title: title of the figure.
+        unit: by name of the run, the value to divide its values by; a line then marks 1.
         theme: colours.
     """
     figure = blank(5.2, 3.4, theme)
@@ -98,13 +98,13 @@ def overlay(
 
 
 def similarities(positive: np.ndarray, negative: np.ndarray, *, theme: Theme = LIGHT) -> Figure:
-    """How often which cosine similarity occurs, of two views of one image and of views of two images.
+    """Plot histograms of the cosine similarity of two views of the same image, and of views of different images.
 
-    Where the two heaps lie apart, an image can be told from all others by its other view.
+    If the two histograms do not overlap, an image can be told from all others by its other view.
 
     Args:
-        positive: any number.
-        negative: any number.
+        positive: similarities of two views of the same image.
+        negative: similarities of views of different images.
         theme: colours.
     """
     figure = blank(7.2, 3.4, theme)
@@ -123,7 +123,7 @@ def similarities(positive: np.ndarray, negative: np.ndarray, *, theme: Theme = L
     axes.set_xlim(low, 1.0)
     axes.set_ylim(bottom=0)
     legend(axes, theme)
-    dress(axes, theme, title="How alike views are", x="cosine similarity", y="% of the pairs")
+    dress(axes, theme, title="Similarity of views", x="cosine similarity", y="% of the pairs")
     return figure
 
 

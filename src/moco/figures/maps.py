@@ -1,4 +1,4 @@
-"""All images on a plane, those alike near each other."""
+"""Maps: all images on a plane, similar ones near each other."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,26 +13,26 @@ from moco.figures.letters import fitted, measured
 from moco.figures.theme import LIGHT, Theme, blank
 
 MAX_NAMED = 20
-"""Classes up to which points are coloured, as far as there are colours, and classes named."""
+"""Most classes for which points are coloured, as far as there are colours, and classes named."""
 WIDTH, LETTERS = 8.6, 11
-"""Of the figure in inches, and of a name in points."""
+"""Width of the figure in inches, and font size of names in points."""
 AROUND = 0.16
-"""Room for names around the points, as a share of their extent; what is not needed is cut off."""
+"""Margin for names around the points, as a fraction of their extent; what is not needed is cropped."""
 
 
 class Thumbnails(NamedTuple):
-    """Points that have a thumbnail, in the order of the points, and where the middle of each stands."""
+    """Points that have a thumbnail, in the order of the points, and the centre of each thumbnail."""
 
     index: Int64[np.ndarray, " m"]
     xy: Float[np.ndarray, "m 2"]
 
 
 def thumbnail_places(places: np.ndarray, side: float) -> Thumbnails:
-    """Thumbnails in squares of a grid, at most one each: in the point's own, or in one that touches it.
+    """Place thumbnails in squares of a grid, at most one in each: the point's own square, or one that touches it.
 
     Args:
-        places: `[n, 2]`; of several points for one square the first has it.
-        side: of a square, in the same unit.
+        places: positions `[n, 2]`; if several points share a square, the first gets it.
+        side: side of a square, in the same unit.
     """
     taken: dict[tuple[int, int], int] = {}
     left = []
@@ -61,16 +61,17 @@ def embedding_map(
     side: float = 0.03,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Every image as a point, and as a thumbnail where there is room for one.
+    """Draw every image as a point, and as a thumbnail if there is room for one.
 
     Args:
-        places: `[n, 2]` between 0 and 1, as `moco.layout.coordinates` gives.
-        pictures: of the points that `thumbnail_places` chooses, in that order; uint8 `[h, w]` or `[h, w, 3]`.
-        labels: class number of each image, if there are at most 20: points and frames are then coloured, those of
-            classes that no colour is left for grey, and each class is named beside where most of it lies.
-        classes: names of the class numbers.
-        title: of the figure.
-        side: of a thumbnail with its frame.
+        places: positions `[n, 2]` in [0, 1], as `moco.layout.coordinates` returns them.
+        pictures: thumbnails of the points that `thumbnail_places` chooses, in that order; uint8 `[h, w]` or
+            `[h, w, 3]`.
+        labels: class number of each image. With at most 20 classes, points and frames are coloured (grey if there are
+            more classes than colours), and each class is named near most of its images.
+        classes: names of the classes.
+        title: title of the figure.
+        side: side of a thumbnail with its frame.
         theme: colours.
     """
     shown = thumbnail_places(places, side)
@@ -126,7 +127,7 @@ Name = tuple[str, int, tuple[float, float], tuple[tuple[float, float], tuple[flo
 def _names(
     places: np.ndarray, shown: Thumbnails, labels: np.ndarray, classes: Sequence[str], side: float
 ) -> list[Name]:
-    """Each class: its name, number, where most of it lies, and the corners of the nearest free room for the name."""
+    """For each class: its name, number, the position of most of it, and the corners of the nearest free box."""
     step = side / 2
     unit = 72 * WIDTH / (1 + 2 * AROUND)  # points to a unit of the map, or more
     start = np.minimum(shown.xy.min(axis=0), places.min(axis=0)) - AROUND - side

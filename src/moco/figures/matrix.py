@@ -1,4 +1,4 @@
-"""Which classes are taken for which."""
+"""The confusion matrix."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from moco.figures.letters import plain
 from moco.figures.theme import LIGHT, Theme, blank, dress
 
 MAX_NAMED, MAX_NUMBERED = 40, 20
-"""Classes up to which they are named, and cells bear numbers."""
+"""Most classes that are named, and most for which cells show numbers."""
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], *, title: str, theme: Theme = LIGHT) -> Figure:
-    """Which classes are taken for which, in percent of the images of each class.
+    """Draw a confusion matrix in percent of the images of each class.
 
     Args:
-        counts: `[classes, classes]`, images of the class of the row that were taken for that of the column.
-        classes: names in the order of the rows.
-        title: of the figure.
+        counts: `[classes, classes]`, number of images of the row's class that were classified as the column's.
+        classes: names of the classes in the order of the rows.
+        title: title of the figure.
         theme: colours.
     """
     number = len(classes)
@@ -27,7 +27,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], *, title: str, 
     side = min(16.0, max(4.2, 0.42 * number + 2.2))
     figure = blank(side + 0.6, side, theme)
     axes = figure.subplots()
-    # From nothing at all to the full colour, so that it stands on any paper.
+    # From transparent to the full colour, so that it suits any background.
     shades = LinearSegmentedColormap.from_list("share", [theme.blue + "00", theme.blue])
     edges = np.arange(number + 1) - 0.5
     mesh = axes.pcolormesh(edges, edges, share, cmap=shades, vmin=0, vmax=100, rasterized=number > MAX_NAMED)
@@ -47,7 +47,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], *, title: str, 
             colour = theme.paper if value > 55 else theme.ink
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
     right = 100 * np.trace(counts) / max(counts.sum(), 1)
-    dress(axes, theme, title=f"{title}: {right:.1f} % right", x="taken for", y="is")
+    dress(axes, theme, title=f"{title}: accuracy {right:.1f} %", x="predicted class", y="true class")
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(mesh, ax=axes, shrink=0.7)
     bar.set_label("% of the class", color=theme.ink)

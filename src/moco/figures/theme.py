@@ -1,4 +1,4 @@
-"""Colours of pictures, on light and on dark paper."""
+"""Colours of pictures, on light and dark backgrounds."""
 
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ CLASS_COLOURS_LIGHT = (
     "#320032",
     "#AF7DFA",
 )
-"""Of as many classes, the first six near those of Okabe and Ito (jfly.uni-koeln.de/color). Any two differ by 0.07 and
-more in OKLab, and so they do as people see them who lack red, green or blue cones (Machado and others 2009)."""
+"""Colours of classes; the first six are near those of Okabe and Ito (jfly.uni-koeln.de/color). Any two differ by at
+least 0.07 in OKLab, also as seen by people who lack red, green or blue cones (Machado et al. 2009)."""
 CLASS_COLOURS_DARK = (
     "#4AA8E0",
     "#F2B233",
@@ -33,12 +33,12 @@ CLASS_COLOURS_DARK = (
     "#006400",
     "#9600FA",
 )
-"""The same for dark paper."""
+"""Colours of classes on a dark background."""
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a picture; a class beyond those of `classes` is grey."""
+    """Colours of a picture; classes beyond those in `classes` are grey."""
 
     paper: str
     ink: str
@@ -77,7 +77,7 @@ def colours(theme: Theme) -> str:
 
 
 def dress(axes: Axes, theme: Theme, *, title: str = "", x: str = "", y: str = "") -> None:
-    """Axes without a box around, in the theme's colours; the title stands left."""
+    """Style axes: in the theme's colours, without a box, with the title on the left."""
     axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[:].set_color(theme.muted)
@@ -89,7 +89,7 @@ def dress(axes: Axes, theme: Theme, *, title: str = "", x: str = "", y: str = ""
 
 
 def legend(axes: Axes, theme: Theme) -> None:
-    """What the labelled lines are, if there are any, without a frame."""
+    """Add a legend without a frame, if any line has a label."""
     if not axes.get_legend_handles_labels()[0]:
         return
     box = axes.legend(frameon=False, fontsize="small", labelcolor=theme.ink)
@@ -98,6 +98,6 @@ def legend(axes: Axes, theme: Theme) -> None:
 
 
 def blank(width: float, height: float, theme: Theme, *, arranged: bool = True) -> Figure:
-    """An empty figure, in inches; `arranged`: its axes find their places by themselves."""
+    """An empty figure, with sizes in inches; `arranged`: its axes are laid out automatically."""
     layout = "constrained" if arranged else None
     return Figure(figsize=(width, height), layout=layout, dpi=120, facecolor=theme.paper)
