@@ -191,7 +191,7 @@ def test_the_number_of_heads_is_known_where_all_layers_have_as_many(name: str, h
     ("arguments", "message"),
     [
         ({"name": "resnet5O"}, r"unknown backbone 'resnet5O': .* the closest are .*resnet50"),
-        ({"name": "zzzzz"}, r"unknown backbone 'zzzzz': expected a model name of timm or torchvision$"),
+        ({"name": "zzzzz"}, r"unknown backbone 'zzzzz': expected the name of a model in timm or torchvision$"),
         ({"name": "fcn_resnet50"}, r"unknown backbone 'fcn_resnet50'"),  # not one for classification
         ({"name": "vit_tiny_patch16_224", "stem": "small"}, r"no ResNet stem .* --model.stem imagenet$"),
         ({"name": "vit_tiny_patch16_224", "stem": "small-pad2"}, r"no ResNet stem .* --model.stem imagenet$"),
@@ -202,11 +202,11 @@ def test_the_number_of_heads_is_known_where_all_layers_have_as_many(name: str, h
         ({"name": "squeezenet1_0"}, r"SqueezeNet has no classifier known here"),
         ({"name": "shufflenet_v2_x0_5", "channels": 1}, r"without 1 channels here; use one of timm's$"),
         ({"name": "shufflenet_v2_x0_5", "pretrained": True}, r"without pretrained weights here; use one of timm's$"),
-        ({"name": "resnet-tiny", "pretrained": True}, r"'resnet-tiny' has no published weights"),
-        ({"name": "vit-small-v3", "pretrained": True}, r"'vit-small-v3' has no published weights"),
+        ({"name": "resnet-tiny", "pretrained": True}, r"'resnet-tiny' has no pretrained weights"),
+        ({"name": "vit-small-v3", "pretrained": True}, r"'vit-small-v3' has no pretrained weights"),
         ({"name": "vit-small-v3", "stem": "small"}, r"no ResNet stem .* --model.stem imagenet$"),
         ({"name": "vit-smal-v3"}, r"unknown backbone 'vit-smal-v3': .*vit-small-v3"),
-        ({"name": "resnet18.nonsense"}, r"^timm cannot make .*'resnet18.nonsense' with 3 channels: Invalid .* tag"),
+        ({"name": "resnet18.nonsense"}, r"^timm cannot build .*'resnet18.nonsense' with 3 channels: Invalid .* tag"),
     ],
 )
 def test_backbones_that_cannot_be_had_are_refused_in_one_line(arguments: dict, message: str) -> None:

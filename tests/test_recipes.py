@@ -234,13 +234,13 @@ def test_a_recipe_printed_to_a_file_is_the_same_experiment(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"epochs: [1", r"bad\.yaml is not YAML: .*line 1"),
+        (b"epochs: [1", r"bad\.yaml is not valid YAML: .*line 1"),
         (b"- epochs", r"bad\.yaml holds \['epochs'\]; expected lines such as"),
         (b"", r"bad\.yaml holds None; expected lines such as"),
         (b"\xff\xfe\x00", r"bad\.yaml is not text"),
         (b"epoch: 3", r"^epoch is not a setting; did you mean epochs\?.* \(in bad\.yaml\)$"),
         (b"optim:\n  base_lr: fast", r"^optim\.base_lr is 'fast'; expected a valid number \(in bad\.yaml\)$"),
-        (b"!!python/object/apply:os.system ['exit 3']", r"bad\.yaml is not YAML"),
+        (b"!!python/object/apply:os.system ['exit 3']", r"bad\.yaml is not valid YAML"),
     ],
 )
 def test_a_bad_yaml_is_refused_in_one_line(content: bytes, line: str, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_file_that_lost_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         embed_to(tmp_path / "emb", encoder(), noise(12), batch_size=4, on_progress=stop_after(8))
     (tmp_path / "emb" / "vectors.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match="vectors.npy is shorter than meta.json says; delete .*emb and embed anew"):
+    with pytest.raises(ValueError, match="vectors.npy is shorter than meta.json says; delete .*emb and embed again"):
         embed_to(tmp_path / "emb", encoder(), noise(12), batch_size=4)
 
 
@@ -252,7 +252,7 @@ def test_several_processes_write_the_table_of_one(
         monkeypatch.setenv("RANK", str(rank))
         with pytest.raises(Waited):
             embed_to(out, encoder(), photos, **settings)
-    with pytest.raises(FileNotFoundError, match="only shares of a table that several processes had begun"):
+    with pytest.raises(FileNotFoundError, match="only shares of a table that several processes began"):
         load(out)
     monkeypatch.setenv("RANK", "0")
     embed_to(out, encoder(), photos, **settings)

@@ -121,7 +121,7 @@ def test_safetensors_are_read(tmp_path: Path) -> None:
     save_file({"a": torch.arange(3)}, tmp_path / "x.safetensors")
     assert torch.equal(unpickle.read(tmp_path / "x.safetensors")["a"], torch.arange(3))
     (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-1])
-    assert "is damaged or no checkpoint" in refusal(tmp_path / "x.safetensors")
+    assert "is damaged, or not a checkpoint" in refusal(tmp_path / "x.safetensors")
 
 
 GADGETS = [
@@ -237,7 +237,7 @@ STRANGE = b"\x80\x02}(K\x00cimportable\nThing\nK\x01"
 def test_a_pickle_that_lies_is_refused(data: bytes, tmp_path: Path) -> None:
     with_pickle(tmp_path / "x.pth", data)
     line = refusal(tmp_path / "x.pth")
-    assert "is damaged or no checkpoint" in line or "holds no tensors" in line
+    assert "is damaged, or not a checkpoint" in line or "holds no tensors" in line
 
 
 def test_many_names_for_one_list_cost_nothing(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "x.pth", "w") as packed:
         for name in whole.namelist():
             packed.writestr(name, whole.read(name), zipfile.ZIP_DEFLATED)
-    assert "is damaged or no checkpoint (it would unpack to 0.0 GiB)" in refusal(tmp_path / "x.pth")
+    assert "is damaged, or not a checkpoint (it would unpack to 0.0 GiB)" in refusal(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -277,7 +277,7 @@ def test_a_damaged_file_is_refused(zipped: bool, tmp_path: Path) -> None:
     for content in damaged:
         (tmp_path / "x.pth").write_bytes(content)
         line = refusal(tmp_path / "x.pth")
-        assert "is damaged or no checkpoint" in line or "is a tar archive" in line
+        assert "is damaged, or not a checkpoint" in line or "is a tar archive" in line
     for _ in range(100):  # or whatever can still be read, but no traceback
         broken = bytearray(whole)
         broken[chance.randrange(min(len(broken), 600))] = chance.randrange(256)
@@ -302,7 +302,7 @@ def test_programs_and_archives_are_refused(tmp_path: Path) -> None:
 
 def test_a_whole_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 3), tmp_path / "x.pth")
-    assert refusal(tmp_path / "x.pth").endswith("save `model.state_dict()` in place of the model itself")
+    assert refusal(tmp_path / "x.pth").endswith("save `model.state_dict()` instead of the model itself")
 
 
 def test_a_checkpoint_of_mindspore_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_checkpoint_of_mindspore_is_refused_with_what_to_do(tmp_path: Path) ->
 
     tensor = b"\x08\x04" + field(2, b"Float32") + field(3, bytes(16))
     (tmp_path / "moco.ckpt").write_bytes(field(1, field(1, b"encoder_q.bn1.gamma") + field(2, tensor)) * 3)
-    assert "is a checkpoint of MindSpore, which is not read; convert it there" in refusal(tmp_path / "moco.ckpt")
+    assert "is a MindSpore checkpoint, which is not supported; convert it there" in refusal(tmp_path / "moco.ckpt")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_an_unfinished_table_is_refused_in_one_line_that_says_how_to_go_on(table
     meta = json.loads((table / "meta.json").read_text()) | {"complete": False, "done": 4}
     (table / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(
-        ValueError, match="is unfinished: 4 of 9 images; the `moco embed` command that began it"
+        ValueError, match="is unfinished: 4 of 9 images; run the same `moco embed` command again"
     ) as error:
         load(table)
     assert "\n" not in str(error.value)
@@ -196,9 +196,9 @@ def test_an_unfinished_table_is_refused_in_one_line_that_says_how_to_go_on(table
         ("vectors.npy", b"\x93NUMPY\x01\x00", "is damaged"),
         ("images.csv", b"path,label,class\n", "is damaged: float32 vectors of shape .9, 6. and 0 names"),
         ("images.csv", b"path,label,class\na\n", "is damaged"),
-        ("images.csv", b"path,label,class\n" + b"a,1,\n" * 9, "images.csv does not fit meta.json"),
-        ("images.csv", b"path,label,class\n" + b"a,-1,\n" * 9, "images.csv does not fit meta.json"),
-        ("images.csv", b"a,b,c\n" + b"a,,\n" * 9, "images.csv does not fit meta.json"),
+        ("images.csv", b"path,label,class\n" + b"a,1,\n" * 9, "images.csv does not match meta.json"),
+        ("images.csv", b"path,label,class\n" + b"a,-1,\n" * 9, "images.csv does not match meta.json"),
+        ("images.csv", b"a,b,c\n" + b"a,,\n" * 9, "images.csv does not match meta.json"),
     ],
 )
 def test_a_damaged_table_is_refused_in_one_line(name: str, content: bytes, message: str, table: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_pickle_in_place_of_vectors_is_not_run(table: Path) -> None:
 def test_a_newer_format_is_refused(table: Path) -> None:
     meta = json.loads((table / "meta.json").read_text()) | {"format": 2}
     (table / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="is of format 2, this version reads up to 1; update moco"):
+    with pytest.raises(ValueError, match="has format 2, but this version reads formats up to 1; update moco"):
         read_meta(table)
 
 

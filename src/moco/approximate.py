@@ -1,6 +1,6 @@
-"""Candidates for the nearest of very many vectors, by a graph that is walked instead of comparing all of them.
+"""Candidates for the nearest of very many vectors, found with a graph instead of comparing all of them.
 
-The graph is HNSW (Malkov and Yashunin 2016, arXiv:1603.09320) as usearch makes it.
+The graph is HNSW (Malkov and Yashunin 2016, arXiv:1603.09320), built by usearch.
 """
 
 import os
@@ -12,21 +12,21 @@ import torch
 from jaxtyping import Float32, Int64
 
 BLOCK = 2**24
-"""Numbers that are added at a time."""
+"""Values added at a time."""
 KIND = "f16"
-"""Of the numbers in the graph: half as large, and precise enough for candidates."""
+"""Type of the values in the graph: half the size, and precise enough for candidates."""
 
 
 def candidates(
     vectors: np.ndarray, queries: Float32[np.ndarray, "q f"], count: int, *, saved: Path | None
 ) -> Int64[np.ndarray, "q c"]:
-    """Rows that are likely the nearest by cosine similarity, in no order; -1 where fewer were found.
+    """Rows that are probably the nearest by cosine similarity, in no particular order, padded with -1.
 
     Args:
-        vectors: `[n, f]`, of any lengths, maybe a mapped file.
-        queries: what is asked about.
-        count: how many of each.
-        saved: file of the graph; made if it is not there, or not of so many such vectors. None: it is not kept.
+        vectors: `[n, f]`, not necessarily normalised; may be memory-mapped.
+        queries: features of the queries.
+        count: number of candidates per query.
+        saved: file of the graph; built if it does not exist or has another shape. None: it is not kept.
 
     Raises:
         ImportError: usearch is not installed.
@@ -46,7 +46,7 @@ def _graph(vectors: np.ndarray, saved: Path | None) -> Any:
     try:
         from usearch.index import Index
     except ImportError:
-        raise ImportError("approximate search needs an extra: pip install moco-ssl[ann]") from None
+        raise ImportError("approximate search needs an extra: run pip install moco-ssl[ann]") from None
     if saved and saved.is_file():
         try:
             index = Index.restore(saved, view=True)  # mapped, not read into memory

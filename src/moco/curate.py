@@ -1,4 +1,4 @@
-"""What a set of images should be looked through for before it is used: near-duplicates and outliers."""
+"""Finding near-duplicates and outliers in a set of images."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from moco.neighbours import nearest, unit_block
 from moco.vectors import Embeddings, load
 
 BLOCK = 2048
-"""Rows of which all pairs are looked at a time."""
+"""Rows per block; all pairs of rows in two blocks are compared at a time."""
 
 
 class Outliers(NamedTuple):
-    """The images most unlike their own neighbours, the most so first; distances are 1 - cosine, means over k."""
+    """The images least similar to their neighbours, most unusual first; distances are means of 1 - cosine over k."""
 
     rows: Int64[np.ndarray, " n"]
     distances: Float64[np.ndarray, " n"]
@@ -28,17 +28,20 @@ class Outliers(NamedTuple):
 def duplicates(
     embeddings: Embeddings | str | Path, threshold: float = 0.95, *, on_progress: OnProgress | None = None
 ) -> tuple[tuple[int, ...], ...]:
-    """Groups of images that are nearly the same, the largest first, as row numbers.
+    """Find groups of near-duplicate images.
 
-    Each image of a group is as similar as that to at least one other of it, not to all.
+    Each image in a group is similar enough to at least one other image in it, not necessarily to all.
 
     Args:
-        embeddings: what `moco.embed` gives, or a folder that `moco embed` made.
-        threshold: smallest cosine similarity of two images that belong together, to a millionth.
+        embeddings: the result of `moco.embed`, or a folder written by `moco embed`.
+        threshold: smallest cosine similarity of two images in a group, up to a tolerance of 1e-6.
         on_progress: called with (pairs of blocks done, in all).
 
+    Returns:
+        Groups of row numbers, the largest group first.
+
     Raises:
-        ValueError: a threshold that is not within 0 and 1.
+        ValueError: the threshold is not above 0 and at most 1.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a cosine similarity above 0 and up to 1, such as 0.95")
@@ -64,7 +67,7 @@ def duplicates(
 
 
 def _unite(parents: Int64[np.ndarray, " n"], left: Int64[np.ndarray, " p"], right: Int64[np.ndarray, " p"]) -> None:
-    """Joins the groups of each pair; a group's root is its first row."""
+    """Join the groups of each pair; a group's root is its first row."""
     if not len(left):
         return
     ends = np.concatenate([_roots(parents, left), _roots(parents, right)])
@@ -85,16 +88,19 @@ def _roots(parents: Int64[np.ndarray, " n"], rows: Int64[np.ndarray, " m"]) -> I
 def outliers(
     embeddings: Embeddings | str | Path, n: int = 50, *, k: int = 10, on_progress: OnProgress | None = None
 ) -> Outliers:
-    """The images that are least like their own k nearest.
+    """Find the images that are least similar to their k nearest neighbours.
 
     Args:
-        embeddings: what `moco.embed` gives, or a folder that `moco embed` made.
-        n: how many.
-        k: neighbours whose mean distance counts.
+        embeddings: the result of `moco.embed`, or a folder written by `moco embed`.
+        n: number of outliers.
+        k: number of neighbours whose mean distance is the score.
         on_progress: called with (images done, in all).
 
+    Returns:
+        Rows and distances, most unusual first.
+
     Raises:
-        ValueError: fewer than two images, or no outliers or neighbours asked for.
+        ValueError: there are fewer than two images, or `n` or `k` is less than 1.
     """
     table = load(embeddings) if isinstance(embeddings, str | Path) else embeddings
     if n < 1:

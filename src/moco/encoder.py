@@ -1,7 +1,7 @@
 """Backbones without classifier, their stems for small images, projectors and predictors.
 
-Initialisation follows the references: torchvision's for the backbone (its last batch norm of a block starts at 1, but
-at 0 in v3), PyTorch's default for a replaced first convolution and for all heads.
+Initialisation follows the reference code: torchvision's for the backbone (the last batch norm of a block starts at 1,
+but at 0 in v3), PyTorch's default for a replaced first convolution and for all heads.
 """
 
 import difflib
@@ -23,14 +23,14 @@ from moco.vit import VITS
 
 Images = Float[Tensor, "n c h w"]
 
-# What each changes of the small stem; no tensor shows it.
+# How each differs from the small stem, which its tensors do not show.
 _ODD_STEMS: dict[str, Callable[[Any], None]] = {
     "small-pad2": lambda backbone: setattr(backbone.conv1, "padding", (2, 2)),
     "small-linear": lambda backbone: setattr(backbone, "act1", nn.Identity()),
 }
 STEMS = ("imagenet", "small", *_ODD_STEMS)
-"""`small` is a 3x3/1 convolution without pooling; solo-learn's pads by 2, lightly's may have no ReLU behind it."""
-# Options of timm's with which networks that have a size of their own take images of others, by modules of timm.
+"""`small` is a 3x3/1 convolution without pooling; solo-learn's pads by 2, lightly's may lack the ReLU after it."""
+# Options with which timm's fixed-size networks accept images of other sizes, by timm's modules.
 _ANY_SIZE: dict[tuple[str, ...], dict[str, bool]] = {
     ("vision_transformer", "deit", "eva"): {"dynamic_img_size": True, "dynamic_img_pad": True},
     ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"): {"strict_img_size": False},
@@ -38,13 +38,13 @@ _ANY_SIZE: dict[tuple[str, ...], dict[str, bool]] = {
 
 
 class Encoder(nn.Module):
-    """images -> un-normalised projections; `features` stops at the backbone.
+    """A backbone with a projector: images -> un-normalised projections; `features` stops at the backbone.
 
     Args:
         backbone: images `[n, c, h, w]` -> features `[n, f]`.
         projector: features -> projections.
-        num_splits: the batch norms are `SplitBatchNorm2d(grouped=True)` of so many groups; 0: they are not. The batch
-            is then put into the order of its groups once, here, instead of in every layer.
+        num_splits: number of groups if the batch norms are `SplitBatchNorm2d(grouped=True)`, else 0. The batch is then
+            ordered by group once, here, instead of in every layer.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, *, num_splits: int = 0):
@@ -63,19 +63,19 @@ class Encoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """What users get: normalised images of any size -> features, and how to make such images.
+    """An encoder for users: normalised images of any size -> features; `preprocess` prepares such images.
 
     Args:
         backbone: images -> features.
-        name: of the backbone, as `build_backbone` takes it.
-        stem: likewise.
-        channels: of the images.
-        mean: per channel, of images in [0, 1].
-        std: likewise.
-        input_size: side in pixels that `preprocess` brings images to.
+        name: name of the backbone, as `build_backbone` takes it.
+        stem: stem of the backbone, as `build_backbone` takes it.
+        channels: channels of the images.
+        mean: mean of each channel, for images in [0, 1].
+        std: standard deviation of each channel, for images in [0, 1].
+        input_size: side in pixels of images from `preprocess`.
 
     Raises:
-        ValueError: mean and std are not of so many channels, nor of three to be averaged.
+        ValueError: mean and std have neither one value per channel nor three, to be averaged.
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class ImageEncoder(nn.Module):
         return self.backbone(images)
 
     def preprocess(self, images: UInt8[Tensor, "n c h w"] | Sequence[Image.Image]) -> Float[Tensor, "n c s s"]:
-        """uint8 tensors or PIL images to what the encoder takes: short side resized, centre cut out, normalised.
+        """Prepare uint8 tensors or PIL images: resize the short side, crop the centre, normalise.
 
         Raises:
-            ValueError: images of other channels than the encoder's.
+            ValueError: the images do not have the encoder's number of channels.
         """
         if isinstance(images, Tensor):
             if images.shape[1] != self.channels:
@@ -115,7 +115,7 @@ class ImageEncoder(nn.Module):
         return torch.cat([self.preprocess(torch.from_numpy(pixels_of(image, self.channels))[None]) for image in images])
 
     def describe(self) -> dict[str, Any]:
-        """All that it takes to build the same network anew, as plain values; of a transformer `num_heads` too."""
+        """Everything needed to build the same network again, as plain values; for a transformer, also `num_heads`."""
         heads = num_heads(self.backbone)
         return {
             "backbone": self.name,
@@ -132,24 +132,25 @@ class ImageEncoder(nn.Module):
 def build_backbone(
     name: str, *, stem: str = "imagenet", channels: int = 3, pretrained: bool = False, zero_init_last: bool = False
 ) -> nn.Module:
-    """A network without classifier, with `num_features`.
+    """Build a network without classifier; it has the attribute `num_features`.
 
     Args:
-        name: in `moco.backbones.BACKBONES` or `moco.vit.VITS`, of timm, or of torchvision.
-        stem: a name in `STEMS`: `small` puts a 3x3/1 convolution in place of a ResNet's 7x7/2 one, and drops the
-            pooling behind it. Networks in `BACKBONES` have a stem of their own.
-        channels: of the images.
-        pretrained: timm's published weights (downloaded by timm).
-        zero_init_last: each residual block starts as the identity.
+        name: a name in `moco.backbones.BACKBONES` or `moco.vit.VITS`, or a model of timm or torchvision.
+        stem: a name in `STEMS`; `small` replaces a ResNet's 7x7/2 convolution by a 3x3/1 one, and drops the pooling
+            after it. Networks in `BACKBONES` have their own stem.
+        channels: channels of the images.
+        pretrained: load timm's pretrained weights (downloaded by timm).
+        zero_init_last: initialise each residual block as the identity.
 
     Raises:
-        ValueError: unknown name or stem, a small stem for a network that is no ResNet, or what the library refuses.
+        ValueError: the name or stem is unknown, a small stem was asked for but the network is not a ResNet, or the
+            library refuses the settings.
     """
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r}: expected one of {', '.join(STEMS)}")
     if name in BACKBONES or name in VITS:
         if pretrained:
-            raise ValueError(f"backbone {name!r} has no published weights; leave out --model.pretrained")
+            raise ValueError(f"backbone {name!r} has no pretrained weights; leave out --model.pretrained")
         if name in BACKBONES:  # their stem is their own
             return BACKBONES[name](channels)
         backbone: Any = VITS[name](channels)
@@ -158,13 +159,13 @@ def build_backbone(
     elif name in torchvision.models.list_models(module=torchvision.models):  # its classifiers
         if pretrained or (channels != 3 and stem == "imagenet"):
             given = "pretrained weights" if pretrained else f"{channels} channels"
-            raise ValueError(f"backbone {name!r} is torchvision's, which comes without {given} here; use one of timm's")
+            raise ValueError(f"backbone {name!r} is torchvision's, which has no {given} here; use one of timm's")
         backbone = _without_classifier(torchvision.models.get_model(name))
     else:
         known = [*BACKBONES, *VITS, *timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
         near = difflib.get_close_matches(name, known, n=3)
         raise ValueError(
-            f"unknown backbone {name!r}: expected a model name of timm or torchvision"
+            f"unknown backbone {name!r}: expected the name of a model in timm or torchvision"
             + (f"; the closest are {', '.join(near)}" if near else "")
         )
     if stem != "imagenet":
@@ -183,7 +184,7 @@ def _from_timm(name: str, channels: int, pretrained: bool, zero_init_last: bool)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         what = f"{channels} channels" + (" and pretrained weights" if pretrained else "")
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"timm cannot make backbone {name!r} with {what}: {reason}") from error
+        raise ValueError(f"timm cannot build backbone {name!r} with {what}: {reason}; use another backbone") from error
     # Some networks, MobileNets among them, have a layer between what timm calls features and the classifier.
     backbone.num_features = getattr(backbone, "head_hidden_size", backbone.num_features)
     return backbone
@@ -213,20 +214,20 @@ def _without_classifier(model: nn.Module) -> nn.Module:
 
 
 def size_options(name: str) -> dict[str, bool]:
-    """What timm has to be told for a network of its own to take images of any size; empty where there is nothing."""
+    """Options with which a network of timm accepts images of any size; empty if it needs none."""
     return next((options for modules, options in _ANY_SIZE.items() if is_model_in_modules(name, modules)), {})
 
 
 def refuse_size(backbone: nn.Module, size: int, *, channels: int) -> None:
-    """Tries an image, for nothing else tells: much that timm marks as of one size takes others, and the reverse.
+    """Check that a backbone accepts images of a size, by trying one, because timm's own information is not reliable.
 
     Args:
-        backbone: images -> features; its statistics and modes stay as they are.
+        backbone: images -> features; its statistics and modes stay unchanged.
         size: side of the images in pixels.
-        channels: of the images.
+        channels: channels of the images.
 
     Raises:
-        ValueError: it does not take images of that size; names the one that it is made for, if it says so.
+        ValueError: it does not accept images of that size; the message names the size it is made for, if known.
     """
     first, modes = next(backbone.parameters()), [(module, module.training) for module in backbone.modules()]
     image = torch.zeros(1, channels, size, size, device=first.device, dtype=first.dtype)
@@ -247,14 +248,14 @@ def refuse_size(backbone: nn.Module, size: int, *, channels: int) -> None:
 
 
 def own_size(backbone: nn.Module) -> int | None:
-    """Pixels along the images that a network is made for, as timm or torchvision say it; None: they do not."""
+    """Side in pixels of the images that a network is made for, according to timm or torchvision; None if unknown."""
     about = getattr(backbone, "pretrained_cfg", None)
     size = about.get("input_size", (0, None))[1] if isinstance(about, dict) else getattr(backbone, "image_size", None)
     return size if isinstance(size, int) else None
 
 
 def refuse_channels(channels: int) -> None:
-    """Raises ValueError where an encoder takes what no picture holds."""
+    """Raise ValueError if an encoder takes a number of channels that no picture has."""
     if channels not in (1, 3):
         raise ValueError(
             f"the encoder takes {channels}-channel images; pictures are read with 1 or 3: give a uint8 tensor "
@@ -263,17 +264,17 @@ def refuse_channels(channels: int) -> None:
 
 
 def linear_head(features: int, dim: int) -> nn.Module:
-    """v1."""
+    """v1's projector: one linear layer."""
     return nn.Linear(features, dim)
 
 
 def mlp_head(features: int, dim: int, hidden: int) -> nn.Module:
-    """v2, section 3: two layers, no batch norm."""
+    """v2's projector (section 3): two layers, no batch norm."""
     return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
 
 def mlp_bn_head(features: int, dim: int, hidden: int) -> nn.Module:
-    """Two layers with batch norm between; the first has no bias."""
+    """Projector of two layers with batch norm between them; the first has no bias."""
     return nn.Sequential(
         nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)
     )
@@ -296,7 +297,7 @@ def v3_mlp(features: int, dim: int, hidden: int, *, num_layers: int, last_norm: 
 
 
 def num_features(backbone: nn.Module) -> int:
-    """Length of a backbone's features, as the backbone says it."""
+    """Length of a backbone's features, from its attribute `num_features`."""
     size = getattr(backbone, "num_features", None)
     if not isinstance(size, int):
         raise ValueError(
@@ -306,6 +307,6 @@ def num_features(backbone: nn.Module) -> int:
 
 
 def num_heads(backbone: nn.Module) -> int | None:
-    """Attention heads of each layer, which no tensor shows; None: there are none, or not as many in all."""
+    """Attention heads per layer, which tensors do not show; None if there are none, or layers differ."""
     counts = {each for module in backbone.modules() if isinstance(each := getattr(module, "num_heads", None), int)}
     return counts.pop() if len(counts) == 1 else None

@@ -1,4 +1,4 @@
-"""A finished table of embeddings as other programs want it."""
+"""Converting a finished table of embeddings for other programs."""
 
 import difflib
 import io
@@ -17,29 +17,29 @@ from moco.transforms import thumbnail
 from moco.vectors import Embeddings, images_of, load, read_meta
 
 MAX_POINTS = 10_000
-"""Rows that the projector is given, evenly from all: a browser draws no more with ease."""
+"""Most rows for the projector, evenly spaced; a browser struggles to draw more."""
 SPRITE, THUMBNAIL = 4096, 64
-"""Pixels of a side of all thumbnails together, and at most of one."""
+"""Most pixels along a side of all thumbnails together, and of one."""
 AT_ONCE = 16
-"""Images that are read at a time: of camera size each takes tens of megabytes until it is shrunk."""
+"""Images read at a time: camera-sized ones take tens of megabytes each until they are shrunk."""
 BLOCK = 2**24
-"""Numbers that are converted at a time."""
+"""Values converted at a time."""
 
 
 def convert(folder: str | Path, format: str, *, images: Images | None = None) -> Path:
-    """Writes the rows of a table once more, into its folder, as other programs read them.
+    """Write a table in another format, into its own folder.
 
     Args:
-        folder: a finished table.
-        format: `npy`, which it already is; `parquet` (columns path, label, class, vector); or `tensorboard`, for its
+        folder: folder of a finished table.
+        format: `npy`, which it already has; `parquet` (columns path, label, class, vector); or `tensorboard`, for its
             projector, with thumbnails.
-        images: of the rows, for the thumbnails; not given: looked for where they were.
+        images: images of the rows, for the thumbnails; not given: read from their paths.
 
     Returns:
-        What was written: a file or folder.
+        Path of the file or folder that was written.
 
     Raises:
-        ValueError: an unknown format, or an unfinished table.
+        ValueError: the format is unknown, or the table is unfinished.
         ImportError: the format needs an extra that is not installed.
 
     Example:
@@ -56,7 +56,7 @@ def convert(folder: str | Path, format: str, *, images: Images | None = None) ->
 
 
 def refuse_missing(format: str) -> None:
-    """Raises the errors of `convert` that can be known before anything is computed."""
+    """Raise those errors of `convert` that are known before anything is computed."""
     if format not in FORMATS:
         convert(".", format)
     if format == "parquet":
@@ -99,7 +99,7 @@ def _to_parquet(folder: Path, embeddings: Embeddings, images: Images | None) -> 
 
 
 def _to_projector(folder: Path, embeddings: Embeddings, images: Images | None) -> Path:
-    """As https://github.com/tensorflow/tensorboard/blob/master/docs/tensorboard_projector_plugin.ipynb has it."""
+    """See https://github.com/tensorflow/tensorboard/blob/master/docs/tensorboard_projector_plugin.ipynb."""
     out, rows = folder / "tensorboard", evenly(len(embeddings), MAX_POINTS)
     classed = embeddings.labels is not None
     config = [("tensor_name", read_meta(folder).encoder.get("backbone", "features")), ("tensor_path", "tensors.tsv")]
@@ -128,7 +128,7 @@ def _to_projector(folder: Path, embeddings: Embeddings, images: Images | None) -
 
 
 def _sprite(images: Images, rows: Int64[np.ndarray, " n"]) -> tuple[int, bytes]:
-    """All thumbnails in a square, row by row, and the side of one's own square, in the middle of which it is."""
+    """The side of a thumbnail's square, and all thumbnails in one image, row by row, each centred in its square."""
     across = int(np.ceil(np.sqrt(len(rows))))
     side = min(THUMBNAIL, SPRITE // across)
     canvas = Image.new("RGB", (across * side, across * side), "white")
@@ -154,12 +154,12 @@ FORMATS: Mapping[str, Callable[[Path, Embeddings, Images | None], Path]] = {
 
 
 def readable(text: str) -> str:
-    """With bytes that are no UTF-8 written as their numbers."""
+    """The text with bytes that are not UTF-8 written as escape sequences."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _plain(text: str) -> str:
-    """Without what would end a field or a line."""
+    """The text without characters that would end a field or a line."""
     return "".join(letter if letter.isprintable() and letter not in '"\\' else "?" for letter in readable(text))
 
 
@@ -177,5 +177,5 @@ def _pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise ImportError("Parquet needs an extra: pip install moco-ssl[parquet]") from None
+        raise ImportError("Parquet needs an extra: run pip install moco-ssl[parquet]") from None
     return pyarrow

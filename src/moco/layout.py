@@ -1,4 +1,4 @@
-"""Places on a plane at which vectors of similar direction lie near each other."""
+"""Laying out vectors on a plane so that those with similar directions are near each other."""
 
 import importlib
 from typing import Any, Literal, NamedTuple
@@ -14,24 +14,24 @@ from moco.spacing import evenly
 Method = Literal["tsne", "pca", "umap", "pacmap"]
 
 LANDMARKS = 5000
-"""Vectors that a method places; of more, the others are put between the landmarks most like them."""
+"""Most vectors that a method places; any others are placed between the most similar of these."""
 DIMENSIONS = 50
-"""Principal components that a method sees."""
+"""Number of principal components passed to a method."""
 FEWEST = 10
-"""Vectors below which a ring shows each."""
+"""Fewer vectors than this are placed on a ring."""
 STEPS = 500
-"""Of t-SNE, of which 250 are its early exaggeration: half as many as usual, for a picture as good to the eye."""
+"""Iterations of t-SNE, including 250 of early exaggeration: half of the usual number, with no visible difference."""
 _BLOCK = 2048
 _NAMES = {"tsne": "t-SNE", "pca": "the first two principal components", "umap": "UMAP", "pacmap": "PaCMAP"}
 
 
 class Places(NamedTuple):
-    """Where vectors lie.
+    """Positions of vectors on a plane.
 
     Attributes:
-        xy: in [0, 1], one scale for both axes.
-        components: principal components, which the method saw.
-        notes: how the places were found, for people.
+        xy: positions in [0, 1], with the same scale for both axes.
+        components: principal components that were passed to the method.
+        notes: remarks on how the positions were found.
     """
 
     xy: Float32[np.ndarray, "n 2"]
@@ -42,16 +42,16 @@ class Places(NamedTuple):
 def coordinates(
     vectors: Float[np.ndarray, "n f"], *, method: Method = "tsne", seed: int = 0, landmarks: int = LANDMARKS
 ) -> Places:
-    """Unit length, principal components, then t-SNE (van der Maaten and Hinton 2008) or another method.
+    """Lay out unit vectors by t-SNE (van der Maaten and Hinton 2008) or another method, after principal components.
 
     Args:
         vectors: one row per image; may be memory-mapped.
-        method: `tsne`; `pca`, the first two components alone; `umap` or `pacmap`, of the extra `maps`.
-        seed: of every draw; the same places each time.
-        landmarks: most vectors that the method places.
+        method: `tsne`; `pca`, the first two components; `umap` or `pacmap`, which need the extra `maps`.
+        seed: seed of all random numbers; the same seed gives the same positions.
+        landmarks: most vectors that the method places directly.
 
     Raises:
-        ValueError: no rows, or numbers that are not finite.
+        ValueError: there are no rows, or values are not finite.
         ImportError: the method's package is not installed.
     """
     if not len(vectors):
@@ -69,8 +69,8 @@ def _principal(vectors: np.ndarray, chosen: np.ndarray, seed: int) -> Float32[np
 
     sample = _unit(vectors[chosen]).numpy()
     if not np.isfinite(sample).all():
-        raise ValueError("the vectors hold numbers that are not finite; expected features of a trained encoder")
-    if len(chosen) < 3 or np.ptp(sample, axis=0).max() < 1e-6:  # nothing to tell apart: an encoder that collapsed
+        raise ValueError("some vectors are not finite; expected features of a sound encoder: embed the images again")
+    if len(chosen) < 3 or np.ptp(sample, axis=0).max() < 1e-6:  # nothing to tell apart: a collapsed encoder
         return np.zeros((len(vectors), 2), dtype=np.float32)
     pca = PCA(min(DIMENSIONS, *sample.shape), svd_solver="randomized", random_state=seed).fit(sample)
     blocks = [vectors[start : start + _BLOCK] for start in range(0, len(vectors), _BLOCK)]
@@ -78,7 +78,7 @@ def _principal(vectors: np.ndarray, chosen: np.ndarray, seed: int) -> Float32[np
 
 
 def _unit(vectors: np.ndarray) -> Float[Tensor, "n f"]:
-    # A copy of a mapped block, for torch warns of memory that it must not write to.
+    # A copy of a mapped block, because torch warns about read-only memory.
     return F.normalize(torch.from_numpy(np.array(vectors, dtype=np.float32)), dim=1)
 
 
@@ -92,10 +92,10 @@ def _places(
         return np.stack([np.cos(turn), np.sin(turn)], axis=1), alike
     if method == "pca":
         placed = _first_two(components)
-        return placed, (f"Placed by {_NAMES[method]}: near means alike as far as two directions tell.",)
+        return placed, (f"Placed by {_NAMES[method]}: images that are near are similar in these two directions.",)
     placed = np.asarray(_mapping(method, sample, seed), dtype=np.float32)
     if len(chosen) == total:
-        return placed, (f"Placed by {_NAMES[method]}: near means alike, far says little.",)
+        return placed, (f"Placed by {_NAMES[method]}: images that are near are similar; far distances mean little.",)
     places = np.empty((total, 2), dtype=np.float32)
     known = torch.from_numpy(sample)
     for first in range(0, total, _BLOCK):
@@ -104,8 +104,9 @@ def _places(
         weight = torch.softmax(-((distance / distance[:, -1:].clamp(min=1e-12)) ** 2) * 4, dim=1).numpy()
         places[first : first + _BLOCK] = (weight[:, :, None] * placed[nearest.numpy()]).sum(axis=1)
     places[chosen] = placed
-    others = f"The other {total - len(chosen):,} lie between the five of them most like them."
-    return places, (f"{_NAMES[method]} placed {len(chosen):,} images: near means alike, far says little.", others)
+    others = f"Each of the other {total - len(chosen):,} is placed between the five most similar of these."
+    meaning = "images that are near are similar; far distances mean little"
+    return places, (f"{_NAMES[method]} placed {len(chosen):,} images: {meaning}.", others)
 
 
 def _mapping(method: Method, sample: np.ndarray, seed: int) -> Any:
@@ -122,11 +123,11 @@ def _mapping(method: Method, sample: np.ndarray, seed: int) -> Any:
         )
         return mapping.fit_transform(sample)
     if method not in _NAMES:
-        raise ValueError(f"no way {method!r} to lay out a map; expected one of {', '.join(_NAMES)}")
+        raise ValueError(f"unknown method {method!r} for a map; expected one of {', '.join(_NAMES)}")
     try:
         package: Any = importlib.import_module(method)
     except ImportError as error:
-        raise ImportError(f"a map by {_NAMES[method]} needs an extra: pip install moco-ssl[maps] ({error})") from None
+        raise ImportError(f"{_NAMES[method]} needs an extra: run pip install moco-ssl[maps] ({error})") from None
     if method == "umap":
         mapping = package.UMAP(n_neighbors=min(15, len(sample) - 1), init=start, random_state=seed, n_jobs=1)
         return mapping.fit_transform(sample)

@@ -1,4 +1,4 @@
-"""The nearest of many vectors by cosine similarity: exact, block by block, so that the vectors may lie on disk."""
+"""Exact nearest neighbours by cosine similarity, block by block, so that the vectors can stay on disk."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,17 +13,17 @@ Vectors = Float[Tensor, "n f"] | np.ndarray
 """In memory, or a memory-mapped array `[n, f]`."""
 
 AT_ONCE = 1024, 2**26
-"""Queries that a block of the bank is compared to at a time; numbers of a block, and of its similarities to them."""
+"""Queries compared with a block of the bank at a time; values in a block, and in its similarities to them."""
 
 
 class Nearest(NamedTuple):
-    """Of each query, the most similar first."""
+    """Nearest vectors of each query, most similar first."""
 
     similarity: Float[Tensor, "q k"]
     index: Int64[Tensor, "q k"]
 
     def joined(self, similarity: Float[Tensor, "q b"], start: int, k: int) -> "Nearest":
-        """With the k nearest of another block of the bank, which begins at `start`."""
+        """Merge with the k nearest of another block of the bank, which starts at `start`."""
         found, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
         found, index = torch.cat([self.similarity, found], dim=1), torch.cat([self.index, index + start], dim=1)
         found, order = found.topk(min(k, found.shape[1]), dim=1)
@@ -39,16 +39,16 @@ def nearest(
     own: Int64[Tensor, " q"] | None = None,
     at_once: tuple[int, int] = AT_ONCE,
 ) -> Nearest:
-    """The k most similar of the bank, which is read once and never in memory as a whole if it is a mapped array.
+    """Find the k most similar vectors of the bank, which is read once, and never held in memory if it is mapped.
 
-    The work is done where the queries are, in their precision.
+    The computation runs on the device of the queries, in their precision.
 
     Args:
-        bank: of any lengths, as the queries: similarity is the cosine.
-        queries: what is asked about.
-        k: how many; fewer if there are fewer.
-        own: the row of the bank that each query itself is, which is left out; -1: none.
-        at_once: queries that a block is compared to, and numbers of a block and of its similarities.
+        bank: vectors to search, not necessarily normalised, like the queries: similarity is the cosine.
+        queries: vectors to search for.
+        k: number of neighbours per query; fewer if there are fewer.
+        own: the query's own row in the bank, which is left out; -1 if it has none.
+        at_once: queries compared with a block at a time, and values in a block and in its similarities.
     """
     parts, owns = F.normalize(queries, dim=1).split(at_once[0]), None if own is None else own.split(at_once[0])
     k = min(k, len(bank))
@@ -65,14 +65,14 @@ def nearest(
 
 
 def unit_blocks(bank: Vectors, rows: int, *, like: Tensor) -> Iterator[tuple[int, Float[Tensor, "b f"]]]:
-    """The bank in blocks of so many rows, each brought to length 1, with the number of its first row."""
+    """Yield the bank in blocks of `rows` rows, normalised to length 1, each with the number of its first row."""
     for start in range(0, len(bank), rows):
         yield start, unit_block(bank, start, rows, like=like)
 
 
 def unit_block(bank: Vectors, start: int, rows: int, *, like: Tensor) -> Float[Tensor, "b f"]:
     block = bank[start : start + rows]
-    # A copy of a mapped block, for torch warns of memory that it must not write to.
+    # A copy of a mapped block, because torch warns about read-only memory.
     block = torch.from_numpy(np.array(block)) if isinstance(block, np.ndarray) else block
     return F.normalize(block.to(like), dim=1)
 

@@ -20,22 +20,22 @@ FUSED_DEVICES = ("cpu", "cuda")
 
 @final
 class LARS(Optimizer):
-    """SGD that moves each weight in proportion to its length (arXiv:1708.03888), as MoCo v3 does (arXiv:2104.02057).
+    """SGD with updates proportional to the norm of each weight (arXiv:1708.03888), as in MoCo v3 (arXiv:2104.02057).
 
-    For a weight p of two or more axes with gradient g, `g += weight_decay * p`, then, unless either length is 0,
-    `g *= trust_coefficient * |p| / |g|`. Biases and norms, of at most one axis, have neither. For all of them
+    For a weight p with two or more dimensions and gradient g, `g += weight_decay * p`, then, unless either norm is 0,
+    `g *= trust_coefficient * |p| / |g|`. Biases and norms, with at most one dimension, get neither. For all of them,
     `buffer = momentum * buffer + g`, `p -= lr * buffer`: the learning rate stays outside the buffer.
-    Lengths are taken in at least float32 and never read by the host.
+    Norms are computed in at least float32 and never read by the host.
 
     Args:
         params: Parameters, or groups of them.
         lr: Learning rate; a number, not a tensor.
         momentum: Fraction of the buffer that is kept.
         weight_decay: Strength of the L2 penalty.
-        trust_coefficient: Length of one update at lr 1, as a fraction of the weight's.
+        trust_coefficient: Norm of one update at lr 1, as a fraction of the weight's.
 
     Raises:
-        ValueError: If a setting is negative.
+        ValueError: A setting is negative.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -56,12 +56,12 @@ class LARS(Optimizer):
         settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
         for name, value in settings.items():
             if not value >= 0:
-                raise ValueError(f"LARS was given {name}={value}, expected a number of at least 0; change its sign")
+                raise ValueError(f"LARS was given {name}={value}; expected a number of at least 0: change its sign")
         super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Move every parameter that has a gradient; returns what the closure, if there is one, computes."""
+        """Update every parameter that has a gradient; returns the closure's result, if one is given."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         for group in self.param_groups:
@@ -96,12 +96,12 @@ def _adapted(params: list[Tensor], gradients: list[Tensor], weight_decay: float,
 
 
 def build_optimizer(config: OptimConfig, params: Iterable[nn.Parameter], *, batch_size: int) -> Optimizer:
-    """The configured optimizer at its peak learning rate, over the parameters that are not frozen.
+    """Build the configured optimizer at its peak learning rate, for the parameters that are not frozen.
 
-    Weight decay acts on biases and norms too, as in the reference runs of MoCo; only LARS spares them.
+    Weight decay applies to biases and norms, too, as in MoCo's reference code; only LARS leaves them out.
 
     Args:
-        config: Which optimizer, and its settings.
+        config: Settings of the optimizer.
         params: The model's parameters; those that require no gradient are left out.
         batch_size: Images per step over all devices.
     """
@@ -122,7 +122,7 @@ def build_optimizer(config: OptimConfig, params: Iterable[nn.Parameter], *, batc
 
 
 def _adopt_layout(optimizer: Optimizer) -> None:
-    """Lay loaded state out in memory as its parameter is.
+    """Give loaded state the memory layout of its parameter.
 
     torch's fused CPU kernels never compare strides: a run saved in channels_last and resumed without it would
     silently add each momentum to another weight.
@@ -134,7 +134,7 @@ def _adopt_layout(optimizer: Optimizer) -> None:
 
 
 def resolved_lr(config: OptimConfig, batch_size: int) -> float:
-    """Peak learning rate: by the linear rule `base_lr * batch_size / 256`, else `base_lr` itself."""
+    """Peak learning rate: `base_lr * batch_size / 256` with the linear rule, else `base_lr` itself."""
     return config.base_lr * batch_size / 256 if config.lr_scaling == "linear" else config.base_lr
 
 
@@ -164,12 +164,12 @@ def key_momentum(momentum: float, schedule: Literal["constant", "cosine"], step:
 
 
 def _cosine(progress: float) -> float:
-    """Half a cosine from 1 down to 0, and 0 ever after."""
+    """Half a cosine from 1 down to 0, and 0 from then on."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Put a learning rate in force in every group; one kept as a tensor is overwritten in place."""
+    """Set the learning rate of every group; one kept as a tensor is overwritten in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)

@@ -1,4 +1,4 @@
-"""The rows of a table that are most, or least, like each of some queries, in the order that float64 gives."""
+"""Ranking the rows of a table that are most, or least, similar to each query, in float64 order."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,21 +11,21 @@ from moco.approximate import candidates
 from moco.neighbours import nearest
 
 MARGINS = 32, 1024
-"""Further rows that are looked at in float64; the larger number where more than the smaller lie at the border. Where
-more than that do, all rows are."""
+"""Additional rows that are compared in float64; the second number if ties at the border need more than the first. If
+they need more than that, all rows are compared."""
 ROUNDING = 1e-5
-"""More than two similarities in float32 can be wrong by together."""
+"""Upper bound on the sum of the rounding errors of two similarities in float32."""
 CANDIDATES = 4
-"""Times as many rows as are wanted, and the smaller margin, that a graph is asked for."""
+"""A graph is asked for this many times the wanted rows, plus the smaller margin."""
 BLOCK = 2**22
-"""Numbers that are brought to float64 at a time."""
+"""Values converted to float64 at a time."""
 
 
 class Ranking(NamedTuple):
-    """Of each query, the first first; equal ones by row number.
+    """Answers to each query, best first; ties are ordered by row number.
 
-    A query that has fewer answers than the others, as it is itself a row or a graph found no more, has row -1 and a
-    similarity that is not a number in the places that are left.
+    A query with fewer answers than the others, because it is itself a row or because a graph found no more, is padded
+    with row -1 and similarity NaN.
     """
 
     rows: Int64[np.ndarray, "q k"]
@@ -40,17 +40,17 @@ def exact(
     own: Int64[np.ndarray, " q"],
     farthest: bool = False,
 ) -> Ranking:
-    """Float32 finds some more than are wanted, float64 puts them in order.
+    """Rank all rows exactly: float32 finds slightly more candidates than needed, float64 ranks them.
 
     Args:
-        vectors: float32 `[n, f]` of any lengths, maybe a mapped file.
-        queries: what is asked about.
-        k: how many of each.
-        own: the row that each query itself is, which is left out; -1: none.
-        farthest: the least similar, the least so first.
+        vectors: float32 `[n, f]`, not necessarily normalised; may be memory-mapped.
+        queries: features of the queries.
+        k: number of answers per query.
+        own: the query's own row, which is left out; -1 if it has none.
+        farthest: rank the least similar rows instead, least similar first.
 
     Raises:
-        ValueError: a vector that is not finite.
+        ValueError: a vector is not finite.
     """
     ranking, sign = _nothing(len(queries), k), -1 if farthest else 1
     unsure, most = list(range(len(queries))), len(vectors) - (own >= 0)
@@ -59,7 +59,7 @@ def exact(
         found = nearest(vectors, asked, k + margin, own=torch.from_numpy(own[unsure]))
         if found.similarity.isnan().any():
             bad = int(found.index[found.similarity.isnan()][0])
-            raise ValueError(f"the vector of a query or of row {bad} is not finite; the encoder is broken")
+            raise ValueError(f"the vector of a query or of row {bad} is not finite; embed again with a sound encoder")
         left = []
         for place, index, similarity in zip(unsure, found.index.numpy(), found.similarity.numpy(), strict=True):
             index = index[: most[place]]
@@ -83,7 +83,7 @@ def likely(
     own: Int64[np.ndarray, " q"],
     saved: Path | None,
 ) -> Ranking:
-    """The same among candidates that a graph gives, which may miss some; `saved` is as for `candidates`."""
+    """Rank the candidates that a graph finds, which may miss some of the nearest; arguments as in `candidates`."""
     ranking = _nothing(len(queries), k)
     for place, index in enumerate(candidates(vectors, queries, CANDIDATES * k + MARGINS[0], saved=saved)):
         _rank(ranking, place, queries[place], vectors, index[(index >= 0) & (index != own[place])], 1)
@@ -97,7 +97,7 @@ def _nothing(queries: int, k: int) -> Ranking:
 def _rank(
     ranking: Ranking, place: int, query: np.ndarray, vectors: np.ndarray, index: Int64[np.ndarray, " i"], sign: int
 ) -> float:
-    """Fills in the answers to one query from some rows; returns the similarity of the last."""
+    """Fill in the answers to one query from some rows; returns the similarity of the last."""
     one, step, k = query.astype(np.float64), max(1, BLOCK // len(query)), ranking.rows.shape[1]
     rows, similarities = np.empty(0, np.int64), np.empty(0)
     for start in range(0, len(index), step):

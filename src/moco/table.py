@@ -1,4 +1,4 @@
-"""Writing a folder of embeddings so that no row is lost or there twice, whenever the process is killed."""
+"""Writing a folder of embeddings so that no row is lost or duplicated, whenever the process is killed."""
 
 import csv
 import io
@@ -23,11 +23,11 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 SYNC_EVERY = 5.0
-"""Seconds between two times that everything so far is made safe on the disk."""
+"""Seconds between syncs of everything so far to disk."""
 
 
 WAIT = 0.1
-"""Seconds between two looks whether the other processes have finished."""
+"""Seconds between checks whether the other processes have finished."""
 
 
 class Unreadable(NamedTuple):
@@ -39,15 +39,15 @@ class Unreadable(NamedTuple):
 
 @final
 class Writer:
-    """A table that is being written: after a crash it goes on where everything was last safe on the disk.
+    """Writes a table; after a crash, it resumes from the last sync to disk.
 
     Args:
-        folder: new or empty, or holding the same table unfinished.
-        meta: of a table without rows.
+        folder: a new or empty folder, or one with the same table, unfinished.
+        meta: description of the table, without rows.
 
     Raises:
         ValueError: the folder holds another table, or a damaged one.
-        FileExistsError: it holds something else.
+        FileExistsError: the folder holds something else.
     """
 
     def __init__(self, folder: Path, meta: Meta):
@@ -64,22 +64,22 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        with suppress(OSError):  # what was safe stays safe
+        with suppress(OSError):  # what was synced is safe in any case
             if kind is not None and not self.meta.complete:
                 self.sync()
         self._close()
 
     def _go_on(self, folder: Path) -> None:
-        """Cuts off what was written after the last safe place."""
+        """Cut off what was written after the last sync."""
         _lock(self._files[VECTORS], folder)
         _sweep(folder)
         self.meta = read_meta(folder)
         if self.meta.complete:
-            raise ValueError(f"{folder} is finished; nothing can be added to it")
+            raise ValueError(f"{folder} is finished, so no rows can be added; give another --out")
         for name, file in self._files.items():
             size = (self.meta.written or {}).get(name, 0)
             if os.fstat(file.fileno()).st_size < size:
-                raise ValueError(f"{folder / name} is shorter than {META} says; delete {folder} and embed anew")
+                raise ValueError(f"{folder / name} is shorter than {META} says; delete {folder} and embed again")
             file.truncate(size)
             file.seek(size)
             if not size:
@@ -99,7 +99,7 @@ class Writer:
         *,
         done: int,
     ) -> None:
-        """Rows, and images that have none, after which all images before `done` have been dealt with."""
+        """Add rows, and images without a row; all images before `done` have then been processed."""
         classes = self.meta.classes
         rows = (
             (path, "", "") if labels is None else (path, labels[row], classes[labels[row]] if classes else "")
@@ -120,7 +120,7 @@ class Writer:
             self.sync()
 
     def sync(self) -> None:
-        """Makes what was added safe."""
+        """Sync everything added so far to disk."""
         with disk_full_named(self._folder):
             for file in self._files.values():
                 file.flush()
@@ -131,7 +131,7 @@ class Writer:
         self._synced = time.monotonic()
 
     def finish(self) -> None:
-        """No more rows will come."""
+        """Complete the table; no more rows will be added."""
         self._files[VECTORS].seek(0)
         self._files[VECTORS].write(_head(VECTORS, self.meta.rows, self.meta.columns))
         self._files[VECTORS].seek(0, os.SEEK_END)
@@ -141,10 +141,10 @@ class Writer:
 
 
 def same_table(folder: Path, old: Meta, new: Meta) -> None:
-    """Refuses to take one table for another.
+    """Check that two descriptions are of the same table.
 
     Raises:
-        ValueError: what differs.
+        ValueError: they differ; the message says in what.
     """
     what = {"encoder": "another encoder", "images": "other images (names, order, labels or pixels)"}
     for name, before in old.settings:
@@ -160,7 +160,7 @@ def same_table(folder: Path, old: Meta, new: Meta) -> None:
 
 
 def own_share() -> tuple[int, int]:
-    """Which of how many processes this is: torchrun's `RANK` and `WORLD_SIZE`, or a task of SLURM's."""
+    """Rank of this process and number of processes, from torchrun's `RANK` and `WORLD_SIZE`, or from SLURM."""
     start = launched()
     if start.by == "slurm" and start.per_node and start.nodes:
         return start.rank, start.per_node * start.nodes
@@ -168,17 +168,17 @@ def own_share() -> tuple[int, int]:
 
 
 def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> None:
-    """Has a table written: by this process alone, or of several each its share of the images.
+    """Write a table, with this process alone or with several that each write a share of the images.
 
-    They never talk to each other: each writes a folder of its own, and the first joins them when all are finished.
+    The processes do not communicate: each writes its own folder, and the first joins them when all are finished.
 
     Args:
         out: folder of the table; a finished one stays as it is.
-        meta: of the whole table, without rows.
-        write: writes or goes on with a folder of a share.
+        meta: description of the whole table, without rows.
+        write: writes a folder, or resumes an unfinished one.
 
     Raises:
-        ValueError: `out` was begun with something else, or by another number of processes.
+        ValueError: `out` was begun with something else, or by a different number of processes.
     """
     rank, world = own_share()
     if not _finished(out, meta):
@@ -210,19 +210,19 @@ def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> 
 
 
 def _remove_shares(out: Path, meta: Meta) -> None:
-    """Of this table, and nothing of them but the files that were written."""
+    """Remove the shares of this table, and in them only the files that were written."""
     for folder in shares(out):
         if (folder / META).is_file() and read_meta(folder).settings != meta.settings:
             continue
         _sweep(folder)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # somebody hid something in it
+        with suppress(OSError):  # it holds something else, too
             folder.rmdir()
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what a killed process had begun to write."""
+    """Remove files that a killed process left incomplete."""
     for name in FILES:
         for partial in folder.glob(f".{name}.*.partial"):
             partial.unlink(missing_ok=True)
@@ -237,7 +237,7 @@ def _finished(folder: Path, meta: Meta) -> bool:
 
 
 def join(folders: Sequence[Path], out: Path) -> None:
-    """One table out of the finished shares that follow each other."""
+    """Join finished, consecutive shares into one table."""
     metas = [read_meta(folder) for folder in folders]
     rows, columns = sum(meta.rows for meta in metas), metas[0].columns
     for name in (VECTORS, *HEADS):
@@ -256,7 +256,7 @@ def join(folders: Sequence[Path], out: Path) -> None:
 
 
 def _begin(folder: Path, meta: Meta) -> None:
-    """Makes the folder; one that is there has to hold the same table."""
+    """Create the folder; an existing one must hold the same table."""
     if (folder / META).is_file():
         same_table(folder, read_meta(folder), meta)
         return
@@ -277,7 +277,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _lock(file: BinaryIO, folder: Path) -> None:
-    """So that two processes never write one table; the system lets go of it when a process is gone."""
+    """Lock the table, so that two processes never write it; the system releases the lock when a process ends."""
     if fcntl is None:
         return
     try:
@@ -289,7 +289,7 @@ def _lock(file: BinaryIO, folder: Path) -> None:
 
 
 def _head(name: str, rows: int, columns: int) -> bytes:
-    """What a file begins with; of vectors as long for any number of rows, as numpy leaves room for them to grow."""
+    """The header of a file; that of vectors has a fixed length, because numpy leaves room for more rows."""
     if name != VECTORS:
         return (",".join(HEADS[name]) + "\n").encode()
     file = io.BytesIO()
@@ -298,7 +298,7 @@ def _head(name: str, rows: int, columns: int) -> bytes:
 
 
 def _csv(rows: Iterable[Sequence[str | int]]) -> bytes:
-    """Text in quotes, so that any name will do; a name that is no UTF-8 is written as the bytes that it is."""
+    """Rows as CSV with quoted text, so that any name is possible; names that are not UTF-8 keep their bytes."""
     text = io.StringIO(newline="")
     csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""From a model's settings to MoCo v1, v2 or v3: which head, batch norm and loss make which."""
+"""Building MoCo v1, v2 or v3 from a model's settings: the head, batch norm and loss of each."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from moco.encoder import Encoder, build_backbone, linear_head, mlp_bn_head, mlp_
 from moco.explain import explain
 from moco.model import BatchMoCo, KeyQueue, MoCo, QueueMoCo
 
-# Where a paper's value for ImageNet is not `ModelConfig`'s default, which is v2's.
+# The papers' values for ImageNet that differ from `ModelConfig`'s defaults, which are v2's.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "v1": {"temperature": 0.07},
     "v3": {"dim": 256, "queue_size": 0, "temperature": 1.0},
@@ -36,24 +36,27 @@ def create_model(
     pretrained: bool | None = None,
     channels: int = 3,
 ) -> MoCo:
-    """A model to train: `out = model(view1, view2)`, then `model.update(out.keys, momentum=...)`.
+    """Create a model to train: `out = model(view1, view2)`, then `model.update(out.keys, momentum=...)`.
 
-    Whatever is not given takes the paper's value for ImageNet.
+    Settings that are not given take the paper's values for ImageNet.
 
     Args:
-        variant: `v1`, `v2`, `v3`, or a name in `VARIANTS`.
-        backbone: a timm or torchvision name, or a module images -> features that has `num_features`.
-        dim: length of a projection.
-        queue_size: keys kept as negatives; v3 has none.
+        variant: `v1`, `v2`, `v3`, or another name in `VARIANTS`.
+        backbone: name of a timm or torchvision model, or a module images -> features with `num_features`.
+        dim: dimension of the projections.
+        queue_size: number of keys kept as negatives; v3 has no queue.
         temperature: divides the similarities.
-        symmetric: add the loss with the views exchanged.
-        stem: `imagenet`, `small` for images under 64 pixels, or another of `moco.encoder.STEMS`.
+        symmetric: add the loss with the two views swapped.
+        stem: `imagenet`, `small` for images under 64 pixels, or another name in `moco.encoder.STEMS`.
         head: projector: `variant`, `linear`, `mlp` or `mlp_bn`.
-        hidden_dim: width of the heads' hidden layers.
+        hidden_dim: width of the head's hidden layers.
         batchnorm: `auto`, `split`, `shuffle`, `sync` or `plain`.
-        bn_splits: groups per device of `split`.
-        pretrained: start from timm's published weights.
-        channels: of the images.
+        bn_splits: groups per device for `split`.
+        pretrained: start from timm's pretrained weights.
+        channels: channels of the images.
+
+    Raises:
+        ValueError: a setting is unknown, or the settings do not fit together.
 
     Example:
         >>> import moco, torch
@@ -85,7 +88,7 @@ def create_model(
 
 
 def build_model(config: ModelConfig, *, backbone: nn.Module | None = None, channels: int = 3) -> MoCo:
-    """The model that the settings describe; `backbone` stands in for `config.backbone`."""
+    """Build the model that the settings describe; `backbone`, if given, replaces `config.backbone`."""
     if config.variant not in VARIANTS:
         raise ValueError(f"unknown variant {config.variant!r}: expected one of {', '.join(VARIANTS)}")
     if backbone is None:
@@ -100,7 +103,7 @@ def build_model(config: ModelConfig, *, backbone: nn.Module | None = None, chann
 
 
 def choose_batchnorm(config: ModelConfig) -> str:
-    """`auto`, resolved: statistics over all devices for v3, exchanged images on several devices, groups on one."""
+    """Resolve `auto`: `sync` for v3, otherwise `shuffle` on several devices and `split` on one."""
     if config.batchnorm != "auto":
         return config.batchnorm
     if config.variant == "v3":
@@ -109,7 +112,7 @@ def choose_batchnorm(config: ModelConfig) -> str:
 
 
 def loss_range(config: ModelConfig, batch_size: int) -> tuple[float, float]:
-    """The loss of an encoder that knows nothing, and of one whose positives are equal and negatives orthogonal."""
+    """The loss at chance level, and its floor, reached if positives are equal and negatives orthogonal."""
     temperature = config.temperature
     negatives = config.queue_size or batch_size - 1
     chance, floor = math.log(1 + negatives), math.log1p(negatives * math.exp(-1 / temperature))
@@ -122,7 +125,7 @@ _SHUFFLES: dict[str, Literal["device", "ranks"]] = {"split": "device", "shuffle"
 
 def _queue_variant(config: ModelConfig, backbone: nn.Module, head: str) -> QueueMoCo:
     if not config.queue_size:
-        raise ValueError(f"queue_size is 0; {config.variant} takes its negatives from a queue: give it at least 1 key")
+        raise ValueError(f"queue_size is 0; {config.variant} takes its negatives from a queue: expected at least 1")
     features, kind = num_features(backbone), choose_batchnorm(config)
     head = head if config.head == "variant" else config.head
     if head == "linear":

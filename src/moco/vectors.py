@@ -1,9 +1,9 @@
-"""A folder of embeddings: vectors on disk, what each is of, and what they were computed with.
+"""A folder of embeddings: vectors on disk, the image of each, and what they were computed with.
 
-vectors.npy      float32 [N, F], which numpy maps into memory: np.load(..., mmap_mode="r")
+vectors.npy      float32 [N, F], which numpy can memory-map: np.load(..., mmap_mode="r")
 images.csv       path, label and class of each row
 unreadable.csv   images that have no row, and why
-meta.json        encoder, images, settings and versions; while rows are being added, also how far it is
+meta.json        encoder, images, settings and versions; also the progress while rows are being added
 """
 
 import csv
@@ -26,27 +26,27 @@ from moco.encoder import ImageEncoder
 from moco.spacing import evenly
 
 FORMAT = 1
-"""Of the folder; raised when an older version could not read a newer one rightly."""
+"""Version of the folder's format; raised when older versions could no longer read new folders correctly."""
 STREAMED = 1e-9
-"""GiB of decoded images to hold: none."""
+"""GiB of decoded images to keep in memory: none."""
 VECTORS, IMAGES, UNREADABLE, META = "vectors.npy", "images.csv", "unreadable.csv", "meta.json"
 HEADS = {IMAGES: ("path", "label", "class"), UNREADABLE: ("path", "reason")}
 FILES = (VECTORS, *HEADS, META)
 LOOKED_AT = 16
-"""Names of rows by which it is seen whether they are files that are still there."""
+"""Number of rows whose paths are checked, to see whether the files still exist."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One row per image, in the order of the images.
+    """Features of images, one row per image, in the order of the images.
 
     Attributes:
-        vectors: float32 `[N, F]`.
-        paths: a name per row.
+        vectors: features, float32 `[N, F]`.
+        paths: path or name of each row's image.
         labels: class numbers `[N]`, or None.
-        classes: names of the class numbers, or None.
-        encoder: what computed them, if it is at hand.
-        folder: where they lie on disk, if they do; `vectors` is then mapped and read-only.
+        classes: names of the classes, or None.
+        encoder: the encoder that computed them, if it is available.
+        folder: where they are on disk, if they are; `vectors` is then memory-mapped and read-only.
     """
 
     vectors: np.ndarray
@@ -71,7 +71,7 @@ def _text(value: object) -> str:
 
 
 Name = Annotated[str, PlainValidator(_text)]
-"""Pydantic's own texts have to be UTF-8, which names of files need not be."""
+"""Text that need not be valid UTF-8, unlike pydantic's own strings, because file names need not be."""
 
 
 class _Record(BaseModel):
@@ -79,18 +79,18 @@ class _Record(BaseModel):
 
 
 class Settings(_Record):
-    """What every number of a table depends on; where one differs it is another table."""
+    """Everything that the values in a table depend on; if one differs, it is another table."""
 
     encoder: str
     """SHA-256 of the encoder's weights and description."""
     images: str
-    """SHA-256 of the names and labels in order, and of pixels that were handed over."""
+    """SHA-256 of the names and labels in order, and of pixels that are in memory."""
     precision: str
     batch_size: int
 
 
 class Meta(_Record):
-    """meta.json."""
+    """Content of meta.json."""
 
     format: int = FORMAT
     complete: bool = False
@@ -99,26 +99,26 @@ class Meta(_Record):
     unreadable: int = 0
     settings: Settings
     encoder: dict[str, Any]
-    """As `ImageEncoder.describe` has it."""
+    """Description from `ImageEncoder.describe`."""
     encoder_source: Name | None
     """Where the encoder was loaded from, or None."""
     images_source: Name | None
-    """Folder, with its whole path, or name of the images; None if a program handed them over."""
+    """Absolute path of the folder, or name of the images; None if they were passed in by a program."""
     part: str
     """Which part of the images: `train`, `test`."""
     classes: tuple[Name, ...] | None
     start: int = 0
-    """First image of the share of this folder; other processes have the others."""
+    """First image of this folder's share; other processes have the other shares."""
     stop: int
     done: int = 0
-    """Images up to this one have been dealt with."""
+    """Number of the first image that has not been processed yet."""
     written: dict[str, int] | None = None
-    """Bytes of each file that count, while rows are being added."""
+    """Valid bytes of each file, while rows are being added."""
     versions: dict[str, str]
 
 
 def load(folder: str | Path) -> Embeddings:
-    """A finished table; its vectors stay on disk and are mapped read-only.
+    """Load a finished table; its vectors stay on disk, memory-mapped and read-only.
 
     Raises:
         FileNotFoundError: there is no table.
@@ -138,25 +138,25 @@ def load(folder: str | Path) -> Embeddings:
                 paths.append(path)
                 known += [int(label)] if label else []
     except (OSError, EOFError, ValueError, csv.Error) as error:
-        raise ValueError(f"{folder} is damaged ({' '.join(str(error).split())}); embed the images anew") from None
+        raise ValueError(f"{folder} is damaged ({' '.join(str(error).split())}); embed the images again") from None
     if vectors.shape != (meta.rows, meta.columns) or vectors.dtype != np.float32 or len(paths) != meta.rows:
         raise ValueError(
             f"{folder} is damaged: {vectors.dtype} vectors of shape {vectors.shape} and {len(paths)} names, expected "
-            f"float32 {(meta.rows, meta.columns)}; embed the images anew"
+            f"float32 {(meta.rows, meta.columns)}; embed the images again"
         )
     known_classes = range(len(meta.classes or ()))
     if head != HEADS[IMAGES] or len(known) not in (0, meta.rows) or not all(each in known_classes for each in known):
-        raise ValueError(f"{folder / IMAGES} does not fit meta.json; embed the images anew")
+        raise ValueError(f"{folder / IMAGES} does not match meta.json; embed the images again")
     labels = np.array(known) if known else None
     return Embeddings(vectors, tuple(paths), labels, meta.classes, folder=folder)
 
 
 def read_meta(folder: str | Path) -> Meta:
-    """meta.json, of a finished or unfinished table; errors as `load`."""
+    """Read meta.json of a finished or unfinished table; raises the same errors as `load`."""
     path = Path(folder) / META
     if not path.is_file():
-        what = "only shares of a table that several processes had begun" if shares(Path(folder)) else f"no {META}"
-        raise FileNotFoundError(f"{folder} holds {what}; expected a folder that `moco embed` has written")
+        what = "only shares of a table that several processes began" if shares(Path(folder)) else f"no {META}"
+        raise FileNotFoundError(f"{folder} holds {what}; expected a folder that `moco embed` has finished")
     try:
         meta = Meta.model_validate(json.loads(path.read_bytes()))
     except ValueError as error:
@@ -164,23 +164,23 @@ def read_meta(folder: str | Path) -> Meta:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             what = ": ".join([*map(str, first["loc"]), first["msg"]])
-        raise ValueError(f"{path} does not describe embeddings ({what}); embed the images anew") from None
+        raise ValueError(f"{path} does not describe embeddings ({what}); embed the images again") from None
     if meta.format > FORMAT:
-        raise ValueError(f"{path} is of format {meta.format}, this version reads up to {FORMAT}; update moco")
+        raise ValueError(f"{path} has format {meta.format}, but this version reads formats up to {FORMAT}; update moco")
     return meta
 
 
 def refuse_unfinished(folder: Path, meta: Meta) -> None:
-    """Raises the error of `load` for a table that still lacks rows."""
+    """Raise the error of `load` for an unfinished table."""
     if not meta.complete:
         raise ValueError(
-            f"{folder} is unfinished: {meta.done} of {meta.stop} images; the `moco embed` command that began it, given "
-            "again, goes on"
+            f"{folder} is unfinished: {meta.done} of {meta.stop} images; run the same `moco embed` command again to "
+            "resume"
         )
 
 
 def shares(folder: Path) -> list[Path]:
-    """Folders in which several processes write, or wrote, their shares of a table, and in which nothing else is."""
+    """Folders that hold the shares of a table written by several processes, and nothing else."""
     named = [each for each in sorted(folder.glob("share-*-of-*")) if re.fullmatch(r"share-\d{5}-of-\d{5}", each.name)]
     return [each for each in named if each.is_dir() and not each.is_symlink() and _only_known(each)]
 
@@ -190,9 +190,9 @@ def _only_known(folder: Path) -> bool:
 
 
 def images_of(embeddings: Embeddings) -> Images | None:
-    """The images of the rows where they can still be found: the files of their names, or the named data set.
+    """The images of the rows, if they can still be found: the files at their paths, or the named data set.
 
-    Files that are gone since cannot be decoded, the others can.
+    Files that no longer exist cannot be decoded; the others can.
     """
     meta = read_meta(embeddings.folder) if embeddings.folder else None
     channels = int(meta.encoder.get("channels", 3)) if meta else 3
@@ -203,7 +203,7 @@ def images_of(embeddings: Embeddings) -> Images | None:
         return None
     try:
         found = load_part(meta.images_source, meta.part, channels)
-    except (ValueError, OSError):  # they are not there any more
+    except (ValueError, OSError):  # they no longer exist
         return None
     place = {path: index for index, path in enumerate(found.paths)}
     if all(path in place for path in embeddings.paths):
@@ -212,7 +212,7 @@ def images_of(embeddings: Embeddings) -> Images | None:
 
 
 def whole_source(source: str) -> str:
-    """The folder or the shards with their whole path, so that they are found from anywhere; other names as they are."""
+    """The absolute path of a folder or of shards, so that they are found from anywhere; other names stay unchanged."""
     if source in DATASETS or "://" in source or source.startswith("hf:"):
         return source
     path = os.path.abspath(os.path.expanduser(source))
@@ -220,7 +220,7 @@ def whole_source(source: str) -> str:
 
 
 def load_part(source: str, part: str, channels: int) -> Images:
-    """The training or the test images of a folder or named data set, files undecoded and unreadable ones left out.
+    """The training or test images of a folder or named data set, not decoded yet, without unreadable ones.
 
     Raises:
         ValueError: there are no such images.
@@ -236,7 +236,7 @@ def load_part(source: str, part: str, channels: int) -> Images:
 
 
 def versions() -> dict[str, str]:
-    """Of what takes part in computing embeddings."""
+    """Versions of the packages involved in computing embeddings."""
     found = {}
     for name in ("moco-ssl", "torch", "torchvision", "torchcodec", "timm", "numpy", "pillow"):
         with suppress(PackageNotFoundError):

@@ -1,6 +1,6 @@
-"""Recipes: complete settings of one experiment each, as YAML with a header that says what it is and what to expect.
+"""Recipes: the complete settings of an experiment, as YAML with a header that says what it is and what to expect.
 
-Free of torch, as `moco.config` is.
+Like `moco.config`, this does not import torch.
 """
 
 import re
@@ -11,11 +11,12 @@ from moco.explain import closest, shown
 
 
 def load_recipe(name_or_path: str) -> PretrainConfig:
-    """A recipe by name, or a configuration from a YAML file (a run's `config.yaml` is one).
+    """Load a recipe by name, or a configuration from a YAML file, such as a run's `config.yaml`.
 
     Raises:
-        ValueError: no such recipe (with the known names), a file that is not YAML, or as `parse_config`.
-        FileNotFoundError: a path to no file.
+        ValueError: there is no such recipe (the message lists the known names), the file is not YAML, or as in
+            `parse_config`.
+        FileNotFoundError: there is no such file.
     """
     import yaml
 
@@ -23,7 +24,7 @@ def load_recipe(name_or_path: str) -> PretrainConfig:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds {shown(data)}; expected lines such as `epochs: 100`")
     try:
@@ -33,13 +34,13 @@ def load_recipe(name_or_path: str) -> PretrainConfig:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package, 300 epochs before 1000."""
+    """Names of the recipes that come with the package, in natural order (300 before 1000)."""
     names = (path.stem for path in Path(__file__).parent.glob("*.yaml"))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def recipe_text(name_or_path: str) -> str:
-    """A recipe's YAML as written, header included; errors as `load_recipe`."""
+    """A recipe's YAML as written, including the header; raises the same errors as `load_recipe`."""
     path = _recipe_path(name_or_path)
     try:
         return path.read_text(encoding="utf-8")
@@ -48,7 +49,7 @@ def recipe_text(name_or_path: str) -> str:
 
 
 def recipe_record(name_or_path: str) -> dict[str, str]:
-    """What a recipe's header says of the experiment.
+    """What a recipe's header says about the experiment.
 
     Returns:
         `about`, `source`, `expected` and `cost`, as far as the header has them.

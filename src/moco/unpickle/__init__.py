@@ -1,8 +1,8 @@
-"""Reads files of tensors that anybody may have written, and runs nothing that they say.
+"""Reading files of tensors from untrusted sources, without running any code in them.
 
-`torch.load(weights_only=True)` refuses a file as soon as it names a class that torch does not know, and the checkpoints
-of other programs name many. Those files are read by an interpreter of pickles that can call a dozen makers of tensors
-and containers, written here, and nothing else: for every other name an inert object stands in, which nothing looks up.
+`torch.load(weights_only=True)` refuses a file if it names a class that torch does not know, and the checkpoints of
+other programs name many. Such files are read by a pickle interpreter that can only call a dozen constructors of tensors
+and containers, written here; every other name is replaced by an inert object and never looked up.
 """
 
 from moco.unpickle.files import first_line, read, tensors_in

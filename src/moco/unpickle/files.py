@@ -1,4 +1,4 @@
-"""Files of tensors: of which kind they are, whether they are what they seem, and what is in them."""
+"""Reading files of tensors: recognising their format, checking them, and returning their content."""
 
 import re
 import tarfile
@@ -15,21 +15,21 @@ from torch import Tensor
 from moco.unpickle import pickles
 
 SLACK = 2**20
-"""Bytes that a file may seem to unpack to beyond twice its size: checkpoints are not compressed."""
+"""Bytes that a file may unpack to beyond twice its size; more is refused, because checkpoints are not compressed."""
 
 
 def read(path: Path) -> Any:
-    """What a checkpoint holds, on the CPU.
+    """Read the content of a checkpoint onto the CPU.
 
     Args:
-        path: of torch's formats, or a `.safetensors`.
+        path: a file in one of torch's formats, or a `.safetensors`.
 
     Returns:
-        What was saved; a `StandIn` takes the place of whatever is neither tensor, container nor plain value.
+        What was saved, with a `StandIn` for everything that is not a tensor, container or plain value.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of a format that is not read, or holds no tensors.
+        ValueError: it is damaged, in a format that is not supported, or holds no tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a checkpoint")
@@ -40,20 +40,20 @@ def read(path: Path) -> Any:
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in every}
     except OSError:
         raise
-    except Exception as error:  # bytes that are no checkpoint make readers raise anything
-        raise ValueError(f"{path} is damaged or no checkpoint ({first_line(error)})") from None
+    except Exception as error:  # on bytes that are not a checkpoint, readers may raise anything
+        raise ValueError(f"{path} is damaged, or not a checkpoint ({first_line(error)})") from None
     if sum(storages.values()) > held:
-        raise ValueError(f"{path} is damaged or no checkpoint (its tensors are larger than the file)")
+        raise ValueError(f"{path} is damaged, or not a checkpoint (its tensors are larger than the file)")
     if not every:
         raise ValueError(
-            f"{path} holds no tensors that can be read without running code; save `model.state_dict()` in place of the "
+            f"{path} holds no tensors that can be read without running code; save `model.state_dict()` instead of the "
             "model itself"
         )
     return value
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers, each container once however often it occurs."""
+    """All tensors in nested containers; each container is visited once, however often it occurs."""
     waiting, seen = [value], set()
     while waiting:
         each = waiting.pop()
@@ -65,19 +65,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says, for an error of one line."""
+    """The first line of an error's message, for messages of one line."""
     return str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
 
 
 def _refuse_unread(path: Path) -> int:
-    """How many bytes the file holds, unpacked; or an error if it is of a format that is not read."""
+    """Number of bytes in the file when unpacked; raises an error if its format is not supported."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)
     if head[:1] == b"\n" and re.search(rb"\x12.?(Float|Int|BFloat)\d+", head, re.DOTALL):
         raise ValueError(
-            f"{path} is a checkpoint of MindSpore, which is not read; convert it there: save a dictionary of its "
-            "parameters, by PyTorch's names, with torch.save"
+            f"{path} is a MindSpore checkpoint, which is not supported; convert it there: save a dictionary of its "
+            "parameters with PyTorch's names, using torch.save"
         )
     if tarfile.is_tarfile(path):
         raise ValueError(f"{path} is a tar archive; expected a file that torch.save wrote, or a .safetensors")
@@ -87,12 +87,12 @@ def _refuse_unread(path: Path) -> int:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({first_line(error)})") from None
+        raise ValueError(f"{path} is damaged, or not a checkpoint ({first_line(error)})") from None
     if any(member.filename.endswith("constants.pkl") for member in members):
-        raise ValueError(f"{path} is a TorchScript program, which is not run; save `model.state_dict()` in its place")
+        raise ValueError(f"{path} is a TorchScript program, which is not run; save `model.state_dict()` instead")
     held = sum(member.file_size for member in members)
     if held > 2 * size + SLACK:
-        raise ValueError(f"{path} is damaged or no checkpoint (it would unpack to {held / 2**30:.1f} GiB)")
+        raise ValueError(f"{path} is damaged, or not a checkpoint (it would unpack to {held / 2**30:.1f} GiB)")
     return held
 
 
@@ -100,7 +100,7 @@ def _load(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_safetensors(path.read_bytes())
     with warnings.catch_warnings():
-        # Torch warns, and only then runs it, of a file that is a program after all.
+        # If a file is a program after all, torch warns before it runs it.
         warnings.filterwarnings("error", message=".*TorchScript archive")
         warnings.filterwarnings("ignore", message="Detected pickle protocol")
         try:
