@@ -117,9 +117,9 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
     for changed in ({"optim": {"base_lr": 0.5}}, {"engine": {"precision": "fp32"}}):
         (section, inner), *_ = changed.items()
         (name, value), *_ = inner.items()
-        with pytest.raises(ValueError, match=rf"was begun with --{section}.{name} .*, now it is {value}; go on with"):
+        with pytest.raises(ValueError, match=rf"was begun with --{section}.{name} .*, now it is {value}; resume with"):
             moco.pretrain(settings(changed), out=run, resume=run, data=IMAGES)
-        with pytest.raises(ValueError, match=rf"was begun with --{section}.{name} .*, now it is {value}; go on with"):
+        with pytest.raises(ValueError, match=rf"was begun with --{section}.{name} .*, now it is {value}; resume with"):
             moco.pretrain(settings(changed), resume=run, data=IMAGES)
     with pytest.raises(ValueError, match="^out is .*elsewhere and resume .*run; a run continues in its own folder"):
         moco.pretrain(settings(), out=tmp_path / "elsewhere", resume=run, data=IMAGES)

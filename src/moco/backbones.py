@@ -1,4 +1,4 @@
-"""Small residual networks for small images on processors without an accelerator; all others come from timm by name."""
+"""Small residual networks for small images on CPUs; all other backbones come from timm or torchvision by name."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -6,12 +6,12 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 
 
 class SmallResNet(nn.Module):
-    """A first convolution, then one residual block of two 3x3 convolutions a stage, each stage at half the resolution.
+    """A convolution, then one residual block of two 3x3 convolutions per stage, each at half the previous resolution.
 
     Args:
-        channels: of the stages; the last is the length of the features.
-        patch: the first convolution is 4x4 with stride 2, in place of 3x3 with stride 1.
-        in_channels: of the images.
+        channels: channels of the stages; the last is the length of the features.
+        patch: whether the first convolution is 4x4 with stride 2, instead of 3x3 with stride 1.
+        in_channels: channels of the images.
     """
 
     def __init__(self, channels: tuple[int, ...], *, patch: bool, in_channels: int = 3):
@@ -37,7 +37,7 @@ def resnet_tiny(in_channels: int) -> SmallResNet:
 
 
 def resnet_mini(in_channels: int) -> SmallResNet:
-    """For images of about 32 pixels; 28 million multiply-adds an image there."""
+    """For images of about 32 pixels; 28 million multiply-adds per image at that size."""
     return SmallResNet((48, 96, 192), patch=True, in_channels=in_channels)
 
 

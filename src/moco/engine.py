@@ -35,7 +35,7 @@ _FABRIC_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
     "fp64": "32-true",
 }
 ASK_EVERY = 10
-"""Steps between two questions among ranks whether one of them has to stop or save."""
+"""Steps between rounds in which ranks ask each other whether one of them has to stop or save."""
 SLOW_STEP = 0.5
 """Seconds per step above which ranks ask at every step: torchrun and SLURM kill 30 seconds after the first signal."""
 FAILED = 1_000

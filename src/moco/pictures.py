@@ -1,6 +1,6 @@
-"""Pictures of a run that need its images or its encoder; they lie in its folder, where the report finds them.
+"""Pictures of a run that need its images or its encoder; they are in its folder, where the report finds them.
 
-What each shows, in numbers, is beside them in pictures.json.
+pictures.json, beside them, records what each shows.
 """
 
 import json
@@ -40,23 +40,23 @@ from moco.views import TwoViews, ViewSpec, view_specs
 
 FACTS = "pictures.json"
 NUM_VIEWED, PIXELS = 8, 160
-"""Images whose views are drawn, and the most pixels that a side is drawn with."""
+"""Number of images whose views are drawn, and most pixels along a side."""
 MAX_SEARCHED, NUM_QUERIES, NUM_NEIGHBOURS = 5_000, 5, 5
-"""Images that neighbours are looked for among; queries drawn, and neighbours of each at either end."""
+"""Most images that are searched for neighbours; number of queries drawn, and of neighbours of each at either end."""
 MAX_MAPPED, THUMBNAIL = 1_000, 48
-"""Points of the map, evenly spaced images of a larger set; pixels of a thumbnail."""
+"""Most points on the map, evenly spaced in a larger set; pixels of a thumbnail."""
 SIDES = 0.03, 0.08
-"""A thumbnail's share of the map's side, at least and at most: the fewer images, the larger."""
+"""Smallest and largest side of a thumbnail as a fraction of the map's: larger if there are fewer images."""
 MAX_COMPARED = 1_000
-"""Images whose views are compared with each other."""
+"""Most images whose views are compared with each other."""
 
 
 def draw_start(run: Run, splits: Splits) -> None:
-    """Writes what there is to see before the first step: what is asked about, and views.
+    """Write what can be shown before the first step: which images are classified, and views.
 
     Args:
-        run: whose settings and folder these are.
-        splits: that it trains on, and that answer.
+        run: the run, for its settings and folder.
+        splits: the run's images.
     """
 
     def tell() -> None:
@@ -69,16 +69,16 @@ def draw_start(run: Run, splits: Splits) -> None:
 
 
 def draw_results(run: Run, encoder: ImageEncoder, projector: nn.Module, images: Images, held: HeldOut | None) -> None:
-    """Writes all that a trained encoder has to show: curves, neighbours, map, similarities.
+    """Write the pictures of a trained encoder: curves, neighbours, map, similarities.
 
-    One that cannot be drawn is named in the log, and the others are drawn.
+    A picture that cannot be drawn is reported in the log, and the others are drawn.
 
     Args:
-        run: whose settings and folder these are.
-        encoder: of the run, on the device that is to do the work.
-        projector: its head, likewise.
-        images: that it was trained on.
-        held: images that are asked about, and among which their neighbours are looked for; None without labels.
+        run: the run, for its settings and folder.
+        encoder: the run's encoder, on the device to use.
+        projector: its head, on the same device.
+        images: the training images.
+        held: the images to search for neighbours, and those to take queries from; None without labels.
     """
     _each(
         {
@@ -109,7 +109,7 @@ def _tell(run: Run, picture: str, **facts: Any) -> None:
 
 
 def draw_curves(run: Run) -> None:
-    """Writes curves.png from metrics.csv."""
+    """Write curves.png from metrics.csv."""
     chance, floor = loss_range(run.config.model, run.config.batch_size)
     levels = {
         who: row["knn_top1"] for who, row in run.results.items() if who != "trained encoder" and "knn_top1" in row
@@ -118,13 +118,13 @@ def draw_curves(run: Run) -> None:
 
 
 def draw_neighbours(run: Run, encoder: ImageEncoder, images: Images, asked: Images) -> None:
-    """Writes neighbours.png and .svg: a few images with those that the encoder finds most and least like them.
+    """Write neighbours.png and .svg: a few images with those that the encoder finds most and least similar.
 
     Args:
-        run: whose settings and folder these are.
-        encoder: of the run, on the device that is to do the work.
-        images: among which neighbours are looked for.
-        asked: from which a few are chosen; the same object if an image may not be its own neighbour.
+        run: the run, for its settings and folder.
+        encoder: the run's encoder, on the device to use.
+        images: the images to search for neighbours.
+        asked: the images to take queries from; the same object if an image may not be its own neighbour.
     """
     bank = some_of(images, MAX_SEARCHED)
     same = asked is images
@@ -149,11 +149,11 @@ def draw_neighbours(run: Run, encoder: ImageEncoder, images: Images, asked: Imag
 
 
 def draw_views(run: Run, images: Images) -> None:
-    """Writes views.svg: a handful of images with their two views of the first epoch, as the model sees them.
+    """Write views.svg: a few images with their two views of the first epoch, as the model sees them.
 
     Args:
-        run: whose settings and folder these are.
-        images: that it trains on.
+        run: the run, for its settings and folder.
+        images: the training images.
     """
     ids = torch.linspace(0, len(images) - 1, 2 * min(NUM_VIEWED, len(images)) + 1).long()[1::2].unique()
     specs = view_specs(run.config.views)
@@ -167,12 +167,12 @@ def draw_views(run: Run, images: Images) -> None:
 
 
 def draw_map(run: Run, encoder: ImageEncoder, images: Images) -> None:
-    """Writes map.svg: images at places where those that the encoder finds alike lie near each other.
+    """Write map.svg: images on a plane, on which those that the encoder finds similar are near each other.
 
     Args:
-        run: whose settings and folder these are.
-        encoder: of the run, on the device that is to do the work.
-        images: any of the run's.
+        run: the run, for its settings and folder.
+        encoder: the run's encoder, on the device to use.
+        images: images of the run.
     """
     shown = some_of(images, MAX_MAPPED)
     # Which thumbnail is drawn where there is room for one only is left to chance, not to the order of the classes.
@@ -194,13 +194,13 @@ def draw_map(run: Run, encoder: ImageEncoder, images: Images) -> None:
 
 
 def draw_similarities(run: Run, encoder: ImageEncoder, projector: nn.Module, images: Images) -> None:
-    """Writes similarities.svg: how alike projections are, of two views of an image and of views of two images.
+    """Write similarities.svg: similarities of projections of two views of an image, and of views of two images.
 
     Args:
-        run: whose settings and folder these are.
-        encoder: of the run, on the device that is to do the work.
-        projector: its head, likewise.
-        images: that it trains on.
+        run: the run, for its settings and folder.
+        encoder: the run's encoder, on the device to use.
+        projector: its head, on the same device.
+        images: the training images.
     """
     made = TwoViews(view_specs(run.config.views), run.config.views.size, run.config.seed)
     shown = some_of(images, MAX_COMPARED)
@@ -220,7 +220,7 @@ def _pair(images: Images, ids: Tensor, made: TwoViews) -> tuple[Tensor, Tensor]:
 
 
 def _seen(view: Float[Tensor, "n c s s"], spec: ViewSpec) -> UInt8[Tensor, "n s s c"]:
-    """A normalised view as it looks."""
+    """A normalised view, converted back to pixels."""
     channels = view.shape[1]
     mean, std = (_per_channel(values, channels).to(view.device) for values in (spec.mean, spec.std))
     pixels = view * std[:, None, None] + mean[:, None, None]
@@ -233,7 +233,7 @@ def _per_channel(values: tuple[float, ...], channels: int) -> Float[Tensor, " c"
 
 
 def _whole(images: Images, index: int) -> np.ndarray:
-    """An image in its own proportions."""
+    """An image in its own aspect ratio."""
     try:
         image = images.decode(index)
     except BadImage:  # it has been named

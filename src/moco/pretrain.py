@@ -198,7 +198,7 @@ def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSi
 def _note(
     training: Training, run: Run, metrics: MetricsWriter, signals: StopSignal, show: Show | None, *, look: bool
 ) -> None:
-    """A row into metrics.csv, the loggers, the progress bar and the report; and the best encoder so far is kept."""
+    """Report a row to metrics.csv, the loggers, the progress bar and the report, and keep the best encoder so far."""
     row, finished = _row(training, look=look), training.done == training.total
     if show:
         epoch = (training.done - 1) // training.loader.steps_per_epoch
@@ -268,7 +268,7 @@ def _introduce(training: Training, run: Run, splits: Splits) -> None:
 def _settings(
     config: str | Path | PretrainConfig | None, data: Any, earlier: Run | None, *, again: bool = False
 ) -> PretrainConfig:
-    """The settings in force, every choice of the engine made; `again`: those of `earlier` have been given anew."""
+    """The run's settings, with every choice of the engine made; `again`: the settings of `earlier` were given again."""
     by_name = isinstance(config, str | Path)
     if config is None:
         if earlier:
@@ -293,12 +293,12 @@ def _settings(
 
 
 def _gone_on_with(config: PretrainConfig, earlier: Run, *, left_open: bool) -> PretrainConfig:
-    """Settings of a run, but for those that may change while it goes on; the others have to be given as before.
+    """The settings of a run, updated with those that may change on resume; all others have to be the same as before.
 
     Args:
-        config: settings to go on with.
+        config: settings to resume with.
         earlier: the run.
-        left_open: what `config` does not give, and may change, is as before.
+        left_open: whether settings that `config` does not give, and that may change, stay as they were.
     """
     changed: dict[str, Any] = {}
     for name in fields():
@@ -309,7 +309,7 @@ def _gone_on_with(config: PretrainConfig, earlier: Run, *, left_open: bool) -> P
             continue
         if name not in CONTINUABLE:
             raise ValueError(
-                f"{earlier.path} was begun with --{name} {begun}, now it is {given}; go on with the same settings, or "
+                f"{earlier.path} was begun with --{name} {begun}, now it is {given}; resume with the same settings, or "
                 "give another --out"
             )
         changed |= {section: changed.get(section, {}) | {key: given}} if section else {key: given}

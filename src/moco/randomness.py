@@ -1,4 +1,4 @@
-"""The generators that training code could draw from: begun from a seed, read, and put back."""
+"""Seeding, saving and restoring the random generators that training code could use."""
 
 import random
 from typing import Any
@@ -8,14 +8,14 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Starts every generator that training code could draw from."""
+    """Seed every generator that training code could use."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def state() -> dict[str, Any]:
-    """Of every generator that training code could draw from, as tensors and plain values."""
+    """The state of every generator that training code could use, as tensors and plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     held: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -28,7 +28,7 @@ def state() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Puts back what `state` gave."""
+    """Restore a state returned by `state`."""
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))

@@ -71,7 +71,7 @@ def _shown(text: str) -> str:
 def _of_settings(config: PretrainConfig) -> str:
     """A digest of the settings, without those that say where images are and what a machine has."""
     own = {"data": {"source", "cache", "workers", "memory"}, "engine": {"accelerator", "devices", "nodes", "threads"}}
-    # Where the cache lies is each one's own; whether there is one decides which pixels crops are made of.
+    # Each rank may have its own folder for the cache, but whether there is one decides what crops are made from.
     said = f"{config.model_dump_json(exclude=own)} {config.data.cache is None}"
     return f"sha256 {hashlib.sha256(said.encode()).hexdigest()}"
 

@@ -1,4 +1,4 @@
-"""Room for features: in memory, or where they are many in a file that is gone when nobody uses it any more."""
+"""Space for features: in memory or, if there are many, in a temporary file that is deleted after use."""
 
 import errno
 import os
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 HELD = 2**30
-"""Bytes that are held in memory; more are written to a temporary file and mapped."""
+"""Most bytes held in memory; more are written to a memory-mapped temporary file."""
 
 
 def room(rows: int, columns: int) -> Tensor:
-    """A float32 tensor `[rows, columns]` to be filled.
+    """Return a float32 tensor `[rows, columns]` to be filled.
 
     Raises:
-        OSError: it needs a file, and the disk is too full for it.
+        OSError: it needs a file, and the disk has no space for it.
     """
     size, folder = 4 * rows * columns, tempfile.gettempdir()
     if size <= HELD:
@@ -30,14 +30,14 @@ def room(rows: int, columns: int) -> Tensor:
                 raise
             raise OSError(
                 error.errno,
-                f"{rows:,} rows of {columns:,} features take {size / 2**30:.3g} GiB, for which {folder} has no room; "
+                f"{rows:,} rows of {columns:,} features take {size / 2**30:.3g} GiB, for which {folder} has no space; "
                 "free some, or set TMPDIR to a folder on a larger disk",
             ) from None
         return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=(rows, columns)))
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Gives an empty file its blocks on the disk: writing to a page of a mapped file that gets none kills a process."""
+    """Allocate a file's blocks on disk, because a process is killed when it writes to a mapped page without one."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, size)

@@ -104,10 +104,10 @@ class Training:
         return torch.zeros(shape, dtype=torch.uint8, device=device), torch.zeros(number, dtype=torch.int64)
 
     def state(self, *, unlogged: bool = False) -> dict[str, Any]:
-        """For a checkpoint: all that the rest of the run follows from, whatever the number of processes.
+        """The state for a checkpoint: all that the rest of the run depends on, whatever the number of processes.
 
         Args:
-            unlogged: the row of the last step, with kNN, is still to be written.
+            unlogged: whether the row of the last step, with kNN, is still to be written.
         """
         return {
             "unlogged": unlogged,
@@ -194,7 +194,7 @@ class Training:
         return result
 
     def save(self, run: Run, metrics: MetricsWriter, path: Path, *, unlogged: bool = False) -> None:
-        """Of several ranks the first writes; all have to call this, and all fail if it cannot."""
+        """Save a checkpoint; the first rank writes it, but all have to call this, and all fail if it cannot."""
         average_running_statistics(self.core)
         self.meter.level()
         if not self.meter.finite():

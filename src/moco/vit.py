@@ -1,7 +1,7 @@
-"""The vision transformers of MoCo v3 (arXiv:2104.02057, section 4 and appendix A): timm's modules, v3's start.
+"""The vision transformers of MoCo v3 (arXiv:2104.02057, section 4 and appendix A): timm's modules, v3's initialisation.
 
-They differ from timm's of the same size in what no checkpoint shows: 12 heads also at width 384, positions that are
-computed and not learned, and a random patch projection that stays as it is.
+They differ from timm's of the same size in ways that tensors do not show: 12 heads even at width 384, computed instead
+of learned position embeddings, and a random patch projection that stays frozen.
 """
 
 import math
@@ -13,9 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 PATCH, GRID, HEADS = 16, 14, 12
-"""Pixels along a patch, patches along an image of 224 pixels, attention heads of every model here."""
+"""Pixels along a patch, patches along an image of 224 pixels, and attention heads of all models here."""
 TEMPERATURE = 10_000.0
-"""Of the positions: their wave lengths run from 2 pi to 2 pi times this, in patches."""
+"""Temperature of the position embeddings: their wavelengths range from 2 pi to 2 pi times this, in patches."""
 
 
 def vision_transformer(
@@ -23,16 +23,16 @@ def vision_transformer(
 ) -> VisionTransformer:
     """A v3 transformer without classifier: images -> the normalised class token, of length `num_features`.
 
-    Images of other sizes than 224 have the positions resampled, as timm does it; sides that are no multiple of 16 are
-    filled up to one with zeros, the colour that normalisation makes the mean, on the right and at the bottom.
+    For images of sizes other than 224, position embeddings are resampled, as in timm; sides that are not a multiple of
+    16 are padded with zeros, the mean colour after normalisation, on the right and at the bottom.
 
     Args:
         width: D, length of a token.
         depth: number of blocks.
-        channels: of the images.
-        conv_stem: four 3x3 convolutions of stride 2, each with batch norm and ReLU, in place of the patch projection;
-            the paper then has a block less.
-        freeze_patches: leave the patch projection at its random start (section 4.2). A convolutional stem learns.
+        channels: channels of the images.
+        conv_stem: use four 3x3 convolutions of stride 2, each with batch norm and ReLU, instead of the patch
+            projection; the paper then has one block less.
+        freeze_patches: keep the patch projection at its random values (section 4.2). A convolutional stem is trained.
     """
     model = VisionTransformer(
         img_size=PATCH * GRID,
@@ -67,7 +67,7 @@ def vision_transformer(
 
 
 def positions(rows: int, columns: int, width: int) -> Float[Tensor, "n d"]:
-    """Positions of patches, row by row: sines and cosines of the row, then of the column, in quarters of `width`.
+    """Position embeddings of patches, row by row: sines and cosines of row, then column, in quarters of `width`.
 
     Entry i of a quarter is at frequency `TEMPERATURE ** (-i / (width / 4))`.
     """
@@ -78,7 +78,7 @@ def positions(rows: int, columns: int, width: int) -> Float[Tensor, "n d"]:
 
 
 def _conv_stem(channels: int, width: int) -> nn.Sequential:
-    """From an eighth of the width, doubled at each convolution (Xiao et al., arXiv:2106.14881, section 4); then 1x1."""
+    """Convolutions whose width doubles from an eighth (Xiao et al., arXiv:2106.14881, section 4), then a 1x1 one."""
     sizes = [channels, *(width // 8 * 2**layer for layer in range(4))]
     layers: list[nn.Module] = []
     for before, after in zip(sizes, sizes[1:], strict=False):
@@ -88,7 +88,7 @@ def _conv_stem(channels: int, width: int) -> nn.Sequential:
 
 
 def _uniform(layer: nn.Linear | nn.Conv2d, fans: int) -> None:
-    """Glorot's uniform start for a layer with so many inputs and outputs; no bias."""
+    """Glorot's uniform initialisation for a layer whose inputs and outputs add up to `fans`; the bias is 0."""
     bound = math.sqrt(6 / fans)
     nn.init.uniform_(layer.weight, -bound, bound)
     if layer.bias is not None:
@@ -96,12 +96,12 @@ def _uniform(layer: nn.Linear | nn.Conv2d, fans: int) -> None:
 
 
 def vit_small(channels: int) -> VisionTransformer:
-    """21.7 million parameters."""
+    """V3's ViT-S: 21.7 million parameters."""
     return vision_transformer(384, channels=channels)
 
 
 def vit_base(channels: int) -> VisionTransformer:
-    """85.8 million parameters."""
+    """V3's ViT-B: 85.8 million parameters."""
     return vision_transformer(768, channels=channels)
 
 
@@ -124,4 +124,4 @@ VITS: dict[str, Callable[[int], VisionTransformer]] = {
     "vit_conv_small": vit_conv_small,
     "vit_conv_base": vit_conv_base,
 }
-"""By name, from the number of channels."""
+"""V3's transformers by name; each is built from the number of channels."""

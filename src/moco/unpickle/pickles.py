@@ -1,7 +1,7 @@
-"""An interpreter of pickles that makes tensors, containers and plain values, and has nothing else to call.
+"""A pickle interpreter that can create tensors, containers and plain values, and can call nothing else.
 
-Python's own tells what the instructions are (`pickletools`); none of its loading is used. The formats of torch around
-the pickles are torch's own to read: `torch.load` takes this module in place of `pickle`.
+Python's `pickletools` decodes the instructions; none of Python's loading code is used. The file formats around the
+pickles are read by torch itself: `torch.load` uses this module in place of `pickle`.
 """
 
 import math
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 MOST_INSTRUCTIONS = 20_000_000
-"""A checkpoint of a large model has some hundred thousand; more than this is no checkpoint."""
+"""Most instructions in a pickle; the checkpoint of a large model has a few hundred thousand."""
 
 
 @final
 class StandIn:
-    """In place of what is not made from a file; it has no behaviour and keeps nothing but the name."""
+    """Replaces an object that is not created from a file; it has no behaviour and keeps only the name."""
 
     def __init__(self, name: str = ""):
         self.name = name
@@ -30,17 +30,17 @@ class StandIn:
 
 
 class Maker(NamedTuple):
-    """What a file may call."""
+    """A function that a file may call."""
 
     make: Callable[..., Any]
 
 
 class Unpickler:
-    """What torch asks of `pickle.Unpickler`, which it derives a class of its own from.
+    """The part of `pickle.Unpickler` that torch needs to derive its own class from.
 
     Args:
-        file: where to read from; left right behind the pickle.
-        encoding: as torch gives it; texts of Python 2 are ASCII in names of tensors.
+        file: file to read from; left positioned right after the pickle.
+        encoding: passed by torch and not used; strings from Python 2 are ASCII in names of tensors.
     """
 
     def __init__(self, file: BufferedIOBase, *, encoding: str = "utf-8"):
@@ -51,14 +51,14 @@ class Unpickler:
         self.persistent_load: Callable[[Any], Any] = lambda identity: StandIn()
 
     def find_class(self, module: str, name: str) -> Any:
-        """Never imports; torch's own override of this finds its classes of storage, by a table."""
+        """Look up a name without importing anything; torch overrides this to find its storage classes in a table."""
         return KNOWN.get((module, name)) or StandIn(f"{module}.{name}")
 
     def load(self) -> Any:
-        """The value of the pickle that comes next in the file."""
+        """Read the next pickle in the file and return its value."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], self._file))):
             if count > MOST_INSTRUCTIONS:
-                raise ValueError("it goes on for ever")
+                raise ValueError("it has too many instructions")
             if opcode.name == "STOP":
                 return self._stack.pop()
             if opcode.name in LITERALS:
@@ -127,20 +127,20 @@ class Unpickler:
             case "BINPERSID" | "PERSID":
                 push(self._storage(pop() if name == "BINPERSID" else argument))
             case _:
-                raise ValueError(f"it has an instruction {name}")
+                raise ValueError(f"it has the unsupported instruction {name}")
 
     def _above_mark(self) -> list[Any]:
         items, self._stack = self._stack, self._below.pop()
         return items
 
     def _storage(self, identity: Any) -> Any:
-        """Only bytes of tensors are asked of torch: of a saved class it would look for the source code."""
+        """Ask torch only for the bytes of tensors: for a saved class, it would look for the source code."""
         named = isinstance(identity, tuple) and identity[:1] in (("storage",), (b"storage",))
         return self.persistent_load(identity) if named else StandIn()
 
 
 def load(file: BufferedIOBase, *, encoding: str = "utf-8") -> Any:
-    """What torch asks of `pickle.load`."""
+    """The part of `pickle.load` that torch needs."""
     return Unpickler(file, encoding=encoding).load()
 
 
@@ -211,12 +211,12 @@ def _scalar(number: Any, raw: Any = None) -> Any:
 
 
 def _encoded(text: Any, *_: Any) -> Any:
-    """How protocol 2 writes bytes."""
+    """Bytes as written by protocol 2."""
     return text.encode("latin-1") if isinstance(text, str) else StandIn("_codecs.encode")
 
 
 def plain(value: Any, done: dict[int, Any] | None = None) -> Any:
-    """The same with numpy's arrays as tensors, in the same containers."""
+    """Convert numpy arrays in nested containers to tensors."""
     done = {} if done is None else done
     if isinstance(value, Array):
         return value.value
@@ -279,4 +279,4 @@ KNOWN: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): Maker(Array) for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): Maker(_scalar) for core in ("core", "_core")},
 }
-"""Everything that a file can name and get."""
+"""Everything that a file can refer to by name."""
