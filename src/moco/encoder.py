@@ -159,7 +159,7 @@ def build_backbone(
     elif name in torchvision.models.list_models(module=torchvision.models):  # its classifiers
         if pretrained or (channels != 3 and stem == "imagenet"):
             given = "pretrained weights" if pretrained else f"{channels} channels"
-            raise ValueError(f"backbone {name!r} is torchvision's, which has no {given} here; use one of timm's")
+            raise ValueError(f"backbone {name!r} is torchvision's, which comes without {given} here; use one of timm's")
         backbone = _without_classifier(torchvision.models.get_model(name))
     else:
         known = [*BACKBONES, *VITS, *timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
