@@ -179,9 +179,9 @@ class EvaluateConfig(Section):
     epochs: Count | None = None
     """`linear`, `finetune`: passes over the labelled images."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """`linear`, `finetune`: per 256 images. `leftthomas`: not scaled; `fast`: relative to the largest safe rate, 1."""
+    """`linear`, `finetune`: learning rate per 256 images. `leftthomas`: not scaled; `fast`: 1 is the largest safe."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """`linear`, `finetune`: not given: the form's; `fast` selects the best of six."""
+    """`linear`, `finetune`: weight decay; not given: the form's, or, for `fast`, the best of six."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """`finetune`: factor between the learning rates of a layer and the one above it; not given: the form's."""
     from_scratch: bool = False

@@ -93,7 +93,7 @@ def search(
         approximate: Search a graph, for millions of images. The first such search builds it and keeps it in the folder.
             It may miss an answer. Needs the extra `ann`.
         duplicates: Instead of a query: find groups of images that are at least this similar, such as 0.95.
-        outliers: Instead of a query: find this many images that are least like their nearest neighbours.
+        outliers: Instead of a query: find this many images that are least similar to their nearest neighbours.
         picture: Also draw each query with its most and least similar images, as PNG or SVG.
         encoder: Where the encoder of the embeddings is now, if it has moved.
         as_json: Print the answers as JSON.
