@@ -420,7 +420,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     library: Library, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(1000))
-    monkeypatch.setattr("moco.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("moco.cli.console.time.monotonic", lambda: next(clock))
 
     def train(show: Callable[[Progress], None]) -> None:
         for step in range(100, 125):

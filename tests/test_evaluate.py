@@ -16,8 +16,8 @@ from PIL import Image
 
 import moco
 from moco.checkpoint import save_encoder
+from moco.cli.console import report_evaluation
 from moco.config import DataConfig, EvaluateConfig, parse_config
-from moco.console import report_evaluation
 from moco.data import Splits, load_data
 from moco.encoder import ImageEncoder, build_backbone
 from moco.evaluate import EVALUATIONS, Evaluation, Outcome, Protocol, Task, evaluate

@@ -18,6 +18,7 @@ from moco.data.folder import SUFFIXES
 from moco.data.listed import count_listed, is_list
 from moco.data.stl10 import stl10_folder
 from moco.engine import BF16_UNITS, choose_precision, cpu_flags
+from moco.launch import allowed_cores
 from moco.recipes import load_recipe
 from moco.variants import build_model
 
@@ -55,7 +56,6 @@ def examine(recipe: str | None = None) -> list[Row]:
 
 def machine() -> list[Row]:
     """Processor, memory and disk."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = cpu_flags()
     if flags is None:
         fast = Row("bf16 on CPU", "unknown on this system")
@@ -71,7 +71,7 @@ def machine() -> list[Row]:
     disk = shutil.disk_usage(".").free
     return [
         Row("system", f"{platform.system()} {platform.machine()}", platform.release()),
-        Row("CPU cores", str(allowed), f"of {os.cpu_count()}; torch uses {torch.get_num_threads()} threads"),
+        Row("CPU cores", str(allowed_cores()), f"of {os.cpu_count()}; torch uses {torch.get_num_threads()} threads"),
         Row("vector unit", torch.backends.cpu.get_cpu_capability(), "as torch sees it"),
         fast,
         Row("memory", _gib(total) if total else "unknown on this system", f"{_gib(free)} free" if free else ""),

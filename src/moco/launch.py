@@ -70,14 +70,18 @@ def sharing_cores(per_node: int, environment: Mapping[str, str] = os.environ) ->
     return 1 if own else per_node
 
 
+def allowed_cores() -> int:
+    """Number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def own_cores(per_node: int) -> int:
     """Cores for this process: its share of those it may use.
 
     Args:
         per_node: processes on this machine.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // sharing_cores(per_node))
+    return max(1, allowed_cores() // sharing_cores(per_node))
 
 
 def _tasks(environment: Mapping[str, str]) -> int:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
+from moco.cli.console import heard, say
+from moco.cli.flags import explained, spelled
 from moco.cli.images import embed, explore, pack, search
 from moco.cli.measure import evaluate, export, report
 from moco.cli.train import doctor, pretrain, recipes
-from moco.console import heard, say
-from moco.flags import explained, spelled
 
 
 def _version() -> str:

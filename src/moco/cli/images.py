@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from moco.console import print_table, say, stderr, working
-from moco.flags import Json
+from moco.cli.console import print_table, say, stderr, working
+from moco.cli.flags import Json
 
 if TYPE_CHECKING:
     from moco.vectors import Embeddings

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moco import config as settings
+from moco.cli.console import report_evaluation, stderr, working
+from moco.cli.flags import Json, flags_of
 from moco.config import EvaluateConfig
-from moco.console import report_evaluation, stderr, working
-from moco.flags import Json, flags_of
 from moco.launch import launched
 
 if TYPE_CHECKING:

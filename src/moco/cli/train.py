@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moco import config as settings
+from moco.cli.console import print_table, progress, report_run, say, stderr
+from moco.cli.flags import Json, flags_of
 from moco.config import CONTINUABLE, PretrainConfig
-from moco.console import print_table, progress, report_run, say, stderr
-from moco.flags import Json, flags_of
 from moco.launch import launched
 from moco.recipes import load_recipe, recipe_names, recipe_record, recipe_text
 

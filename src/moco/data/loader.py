@@ -21,6 +21,7 @@ from moco.data.folder import NUM_NAMED, FileImages, Images
 from moco.data.reader import Boxes, Crop, Part, Reader, joined, parts_of
 from moco.data.remote import Unavailable, is_remote
 from moco.data.window import refuse_little_room, windowed
+from moco.launch import allowed_cores
 from moco.transforms import centred
 
 DECODED_AT_ONCE = 32
@@ -193,17 +194,13 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def num_workers(here: int) -> int:
     """A process's share of the cores, one less: it works too.
 
     Args:
         here: processes that share the cores that this one may use.
     """
-    return min(MAX_WORKERS, max(1, _num_cores() // here - 1))
+    return min(MAX_WORKERS, max(1, allowed_cores() // here - 1))
 
 
 def _context() -> str | None:
