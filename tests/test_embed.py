@@ -338,7 +338,7 @@ def test_many_features_go_into_a_file_that_has_its_room_before_work_starts(monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"23 rows of 10 features take \S+ GiB, for which \S+ has no room; free some"):
+    with pytest.raises(OSError, match=r"23 rows of 10 features take \S+ GiB, for which \S+ has no space; free some"):
         features(encoder, images, on_progress=lambda *done: pytest.fail("worked before there was room"))
 
 

@@ -29,20 +29,20 @@ class DataConfig(Section):
     `train/` + `test/`); a list of image files (.csv, .tsv, .parquet); an array file (.npy, .npz, .pt); tar shards, here
     or at a URL; or `hf:NAME`."""
     size: Count | None = None
-    """Side in pixels at which images are looked at when features are taken; not given: that of the views."""
+    """Side in pixels that images are resized to for feature extraction; default: the size of the views."""
     channels: Annotated[int, Field(gt=0, le=1024)] = 3
-    """Channels the encoder sees; grey images are repeated to 3, colour ones averaged to 1. Any other number needs
-    arrays with as many."""
+    """Channels of the encoder's input. Grey images are repeated to 3 channels, colour images averaged to 1; any other
+    number requires arrays with that many channels."""
     memory: Annotated[float, Field(gt=0)] = 2.0
-    """GiB that decoded images may take; a larger set is read from disk at every epoch."""
+    """Memory in GiB for decoded images; a larger set is read from disk in every epoch."""
     cache: Path | None = None
-    """Folder to keep decoded images in, shrunk to `cache_side`; not given: files are decoded at every epoch."""
+    """Folder for decoded images, shrunk to `cache_side`; default: files are decoded in every epoch."""
     cache_side: Count = 256
-    """Short side in pixels that cached images are shrunk to; smaller ones stay as they are."""
+    """Short side in pixels that cached images are shrunk to; smaller ones keep their size."""
     max_bad: Fraction = 0.01
-    """Largest fraction of unreadable files that is skipped; above it the run stops with the list."""
+    """Largest fraction of unreadable files to skip; above it the run stops and lists them."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Reading processes per device for sets that do not fit `memory`; not given: from the machine's cores."""
+    """Reader processes per device for sets larger than `memory`; default: chosen from the number of cores."""
 
 
 class ViewsConfig(Section):
