@@ -24,6 +24,7 @@ from lightning_fabric.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from moco import dist
+from moco.allocator import keep_freed_memory
 from moco.config import EngineConfig
 from moco.launch import Launch, check_started, launched, sharing_cores
 
@@ -175,6 +176,8 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
     """
     check_started()
     torch.set_num_threads(config.threads or torch.get_num_threads())
+    if config.accelerator == "cpu":
+        keep_freed_memory()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -255,7 +255,7 @@ class OneView:
         """Everything but the crop, on what `crop` gave."""
         p = self._parameters(ids, epoch, *crops.shape[3:])
         if crops.device.type != "cpu":
-            return self._made(_flipped_planes(crops[:, 0], p.flip), p)
+            return self._made(_only(p.flip, _planes(crops[:, 0]), lambda part, _: part.flip(3)), p)
         # A few at a time, as many as the processor's caches hold, and those together that the same is done to, so that
         # they need not be picked out. That halves the time.
         blurred = (p.sigma > 0).long()
@@ -266,8 +266,9 @@ class OneView:
         pixels, views = crops[:, 0].permute(0, 2, 3, 1), torch.empty(crops[:, 0].shape)
         for which in alike.split(max(1, BLOCK // crops[0, 0].numel())) if len(crops) else ():
             some = Parameters(*(each[which] for each in p))
-            planes = _flipped_planes(pixels.index_select(0, which).permute(0, 3, 1, 2), some.flip)
-            views.index_copy_(0, which, self._made(planes, some))
+            # Flipped as bytes, which are fewer.
+            picked = _only(some.flip, pixels.index_select(0, which), lambda part, _: part.flip(2))
+            views.index_copy_(0, which, self._made(_planes(picked.permute(0, 3, 1, 2)), some))
         return views
 
     def of_whole(self, images: Batch, ids: Int64[Tensor, " n"], epoch: int) -> Float[Tensor, "n c s s"]:
@@ -300,7 +301,7 @@ class OneView:
         radius = math.ceil(3 * spec.blur_sigma[1])
         images = _only(p.sigma > 0, images, lambda part, which: gaussian_blur(part, there(p.sigma[which]), radius))
         images = _only(p.solarize, images, lambda part, _: torch.where(part >= 128 / 255, 1 - part, part))
-        return normalise(images, spec.mean, spec.std)
+        return normalise(images, spec.mean, spec.std, out=images)
 
 
 @dataclass(frozen=True)
@@ -363,10 +364,9 @@ def _only(chosen: Tensor, images: Tensor, operation: Callable[[Tensor, Tensor], 
     return images.index_copy_(0, there, operation(images.index_select(0, there), which))
 
 
-def _flipped_planes(images: UInt8[Tensor, "n c h w"], flip: Tensor) -> Batch:
+def _planes(images: UInt8[Tensor, "n c h w"]) -> Batch:
     """Floats in [0, 1], channel by channel, whatever the order in memory was: so colours are worked on fastest."""
-    planes = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    return _only(flip, planes, lambda part, _: part.flip(3))
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _grey_again(part: Batch, which: Tensor) -> Batch:
