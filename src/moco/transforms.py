@@ -16,6 +16,8 @@ from torch import Tensor
 
 Batch = Float[Tensor, "n c h w"]
 PerImage = Float[Tensor, " n"]
+LARGE = 50_000
+"""Numbers of an image from which all that is done to its colours is best done while it is in a CPU's cache."""
 
 
 def _resampling(start: PerImage, length: PerImage, flip: Tensor, size: int, full: int) -> Float[Tensor, "n s f"]:
@@ -122,10 +124,12 @@ def jitter_colour_(images: Batch, strength: Float[Tensor, "n 4"], order: Int64[T
     operations = [_brighten_, _contrast_, _saturate_, _shift_hue_]
     if images.shape[1] != 3:
         operations = operations[:2]
-    if len(order) and bool((order == order[0]).all()):
-        for number in order[0].tolist():  # nobody has to be looked for
-            if number < len(operations):
-                operations[number](images, strength[:, number])
+    if images.device.type == "cpu" and images[0].numel() > LARGE:
+        runs = order.unique_consecutive(dim=0, return_counts=True)[1].tolist()
+        for part, factors, own in zip(images.split(runs), strength.split(runs), order.split(runs), strict=True):
+            for number in own[0].tolist():
+                if number < len(operations):
+                    operations[number](part, factors[:, number])
         return images
     for position in order.unbind(dim=1):
         for number, operation in enumerate(operations):
