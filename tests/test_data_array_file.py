@@ -1,6 +1,7 @@
 """Images in .npy, .npz and .pt files."""
 
 import importlib
+import io
 import os
 import pickle
 from pathlib import Path
@@ -159,6 +160,12 @@ def test_labels_below_zero_are_none(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "1 of 3 train images have no label" in caplog.text
 
 
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 class _Hostile:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.mkdir, ("hacked",)
@@ -192,6 +199,7 @@ def test_a_file_with_code_in_it_is_refused_and_not_run(
         ("x.npy", b"\x93NUMPY\x01\0", "'x.npy' cannot be read as an array ("),
         ("x.npz", b"PK\x03\x04 cut off", "'x.npz' cannot be read as arrays ("),
         ("x.npz", b"", "'x.npz' cannot be read as arrays ("),
+        ("x.npz", npy(noise(3, 8, 8)), "'x.npz' cannot be read as arrays (it is a single array, not an archive"),
         (
             "x.npz",
             {"pictures": noise(3, 8, 8)},

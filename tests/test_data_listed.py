@@ -180,6 +180,7 @@ def test_missing_and_broken_files_are_named_skipped_and_counted(photos: Path, ca
         (b"path,split\nb.png,train\ne.png,\n", "has no split in 1 of its 2 rows, the first is row 2"),
         (b"path,split\nb.png,train\ne.png,dev\n", "has the split 'dev'; expected train, test, val, valid, validation"),
         (b"path,split\nb.png,test\n", "has no row of the split train"),
+        (b"path\nb.png\nhttps://here.org/e.png\n", "names 'https://here.org/e.png'; expected files on this machine"),
         (b"path,label\na,b.png,1\n", "has 3 columns in row 2 and 2 in the first; expected as many in every row"),
         (b'path\n"b.png\n', "is not a list in CSV (unexpected end of data)"),
         (b"path,split,label\nb.png,train,x\ne.png,test,y\n", "has the test class 'y', which training does not have"),

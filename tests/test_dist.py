@@ -120,7 +120,7 @@ def exchanged() -> dict[str, Any]:
         "there": torch.equal(there, batch[order][rank::world]),
         "back": torch.equal(back, mine),
         "layout": there.is_contiguous(memory_format=torch.channels_last),
-        "agreed": [dist.agree(word, mine.device) for word in (rank, 7 - rank)],
+        "agreed": list(dist.agree((rank, 7 - rank), mine.device)),
         "said": dist.everyone(f"I am {rank}"),
         "first": dist.first(lambda: {"rank": dist.rank()}),
     }

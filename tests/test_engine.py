@@ -261,9 +261,9 @@ def test_ranks_ask_each_other_every_ten_steps_or_at_every_one_if_steps_are_slow(
 ) -> None:
     now, seen = 0.0, []
 
-    def agree(word: int, device: torch.device) -> int:
+    def agree(words: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
         seen.append(step)
-        return word
+        return words
 
     monkeypatch.setattr("moco.dist.world_size", lambda: 2)
     monkeypatch.setattr("moco.dist.agree", agree)

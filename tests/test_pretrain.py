@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import moco
 from moco import backbones, dist
-from moco.config import PretrainConfig, parse_config
+from moco.config import PretrainConfig, merge, parse_config
 from moco.optim import key_momentum, learning_rate
 from moco.run import Run
 from moco.variants import loss_range
@@ -124,6 +124,9 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^out is .*elsewhere and resume .*run; a run continues in its own folder"):
         moco.pretrain(settings(), out=tmp_path / "elsewhere", resume=run, data=IMAGES)
     assert moco.pretrain(settings(steps=4), resume=run, data=IMAGES).metrics[-1]["step"] == 4
+    resumed, begun = importlib.import_module("moco.pretrain")._settings, Run.open(run)
+    assert resumed(settings(), None, begun).steps == 2  # not given: as it was begun
+    assert resumed(merge(begun.config, {"steps": None}), None, begun).steps is None  # given as none
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError):

@@ -364,7 +364,7 @@ def test_an_image_is_a_file_wherever_it_lies(tmp_path: Path) -> None:
 
 def test_a_process_keeps_as_many_tars_open_as_its_limit_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
-    for soft, tars in ((1024, 384), (256, 16), (10**6, 1024), (resource.RLIM_INFINITY, 1024)):
+    for soft, tars in ((1024, 256), (256, 16), (10**6, 1024), (resource.RLIM_INFINITY, 1024)):
         monkeypatch.setattr(resource, "getrlimit", lambda which, soft=soft: (soft, soft))
         assert members.num_open() == tars
     monkeypatch.setattr(members, "resource", None)
@@ -503,7 +503,9 @@ def test_the_cache_keeps_to_its_bound_and_what_is_in_use(
         open_copy(urls[0])
 
 
-def test_a_process_closes_idle_copies_when_room_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_one_shard_after_the_other_where_there_is_room_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remote_shards(tmp_path, count=4)
     monkeypatch.setenv("MOCO_CACHE_GIB", str(1.5 * find("memory://set/0000.tar").size / 2**30))
     train = load("memory://set/{0000..0003}.tar").train

@@ -138,13 +138,13 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _AllReduceSum.apply(x)
 
 
-def agree(word: int, device: torch.device) -> int:
-    """The largest of all ranks' words: one number each, and the host waits for it."""
+def agree(words: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
+    """The largest of all ranks' words at each place; the host waits for them."""
     if world_size() == 1:
-        return word
-    words = torch.tensor([word], device=device)
-    torch_dist.all_reduce(words, op=torch_dist.ReduceOp.MAX)
-    return int(words)
+        return words
+    largest = torch.tensor(words, device=device)
+    torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
+    return tuple(largest.tolist())
 
 
 def everyone(text: str) -> list[str]:

@@ -138,7 +138,7 @@ def needs(config: PretrainConfig) -> list[Row]:
 def num_images(data: DataConfig) -> int | None:
     """Number of training images in a data set, a folder, a list or an array file; None if unknown without a download.
 
-    Files are counted by suffix or in the list, not opened.
+    Files are counted by suffix or in the list, not opened; an array file is read.
 
     Raises:
         ValueError: a list or an array file that cannot be read.

@@ -215,6 +215,7 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     time.sleep(PARTING / 2)
+    logging.getLogger("moco").error("the first process of the run has ended, and this one, which it started, with it")
     os._exit(1)
 
 
@@ -332,7 +333,7 @@ class StopSignal:
         own = FAILED if self.failure else 1 + self.received if self.received else int(due)
         now = time.monotonic()
         slow = now - self._asked_at > SLOW_STEP * max(1, step - self._asked)
-        word, slow_anywhere = divmod(dist.agree(2 * own + slow, device), 2)
+        word, slow_anywhere = dist.agree((own, int(slow)), device)
         self._asked, self._asked_at = step, time.monotonic()
         self._every = 1 if slow_anywhere else ASK_EVERY
         if word == FAILED:

@@ -212,7 +212,8 @@ def _note(
         except OSError as error:
             if dist.world_size() == 1:
                 raise
-            signals.failure = error  # a full disk, say: the others hear of it at the next question
+            # A full disk, say: the others learn of it in the next round, or when the next checkpoint is due.
+            signals.failure = training.failure = error
     if training.config.monitor.split == "heldout" and row.get("knn_top1", -1) > training.best:
         training.best = row["knn_top1"]
         training.save(run, metrics, run.best)
@@ -304,7 +305,9 @@ def _gone_on_with(config: PretrainConfig, earlier: Run, *, left_open: bool) -> P
     for name in fields():
         section, _, key = name.rpartition(".")
         given, begun = (getattr(getattr(each, section) if section else each, key) for each in (config, earlier.config))
-        as_before = given in (None, "auto") and (section == "engine" or (left_open and name in CONTINUABLE))
+        not_given = left_open or key not in (getattr(config, section) if section else config).model_fields_set
+        may_stay = not_given if name in CONTINUABLE else section == "engine"
+        as_before = given in (None, "auto") and may_stay
         if given == begun or as_before:
             continue
         if name not in CONTINUABLE:

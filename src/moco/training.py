@@ -50,6 +50,7 @@ class Training:
     done: int = 0
     best: float = -1.0
     origin: str = ""  # where weights were taken from, in words
+    failure: Exception | None = None  # why a row could not be written on this rank: no checkpoint may count on it
     used: tuple[float, float] = (0.0, 0.0)  # learning rate and key momentum of the last step
 
     @property
@@ -204,6 +205,8 @@ class Training:
             )
 
         def write() -> None:
+            if self.failure:
+                raise self.failure
             metrics.sync()
             checkpoint.save(path, self.state(unlogged=unlogged))
             checkpoint.save_encoder(run.path, self.monitor.encoder)
@@ -255,17 +258,23 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
         workers = num_workers(sharing_cores(processes(config.engine)[0]))
     specs = view_specs(config.views)
     views = TwoViews(specs, config.views.size, config.seed)
-    loader = Loader(
-        train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device=fabric.device,
-        rank=dist.rank(),
-        world_size=world,
-        workers=workers,
-        crop=views,
-        max_bad=config.data.max_bad,
-    )
+    loader, error = None, None
+    try:
+        loader = Loader(
+            train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=fabric.device,
+            rank=dist.rank(),
+            world_size=world,
+            workers=workers,
+            crop=views,
+            max_bad=config.data.max_bad,
+        )
+    except (ValueError, OSError) as caught:  # one machine alone may lack the room for shards
+        error = caught
+    dist.fail_together(error)
+    assert loader is not None
     randomness.seed_everything(config.seed)
     published = config.model.pretrained and fresh and not config.init_from
     core = build_model(settings.model_copy(update={"pretrained": published}), channels=config.data.channels)

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tokenize import TokenError  # what numpy raises on some damaged headers
 from typing import Any
 
 import numpy as np
@@ -123,15 +124,17 @@ def _part(
 def _from_npz(path: Path) -> dict[str, Any]:
     wanted = {*IMAGES, *LABELS, *TEST_IMAGES, *TEST_LABELS, "arr_0"}
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it is no archive of arrays")
-            held = {name.lower(): file[name] if name.lower() in wanted else None for name in file.files}
+                raise ValueError("it is a single array, not an archive of arrays: call it .npy")
+            with file:
+                held = {name.lower(): file[name] if name.lower() in wanted else None for name in file.files}
     except MemoryError:
         raise ValueError(
             f"{str(path)!r} does not fit into memory; save its images as .npy, which is read a row at a time"
         ) from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, KeyError, TokenError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{str(path)!r} cannot be read as arrays ({' '.join(str(error).split())})") from None
     if list(held) == ["arr_0"]:  # as numpy names what was given no name
         return {"images": held["arr_0"]}

@@ -46,7 +46,7 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
         if given.dtype != np.uint8:
             raise ValueError(f"images are {given.dtype} of shape {given.shape}; expected uint8 [n, h, w, c], n > 0")
         # torch refuses reversed axes and warns of read-only memory, such as a mapped file's.
-        shareable = given.flags.writeable and min(given.strides) >= 0
+        shareable = given.flags.writeable and min(given.strides, default=0) >= 0
         pixels = torch.from_numpy(given if shareable else given.copy())
         pixels = torch.from_numpy(planes(pixels.numpy(), channels)) if pixels.ndim in (3, 4) else pixels
     elif isinstance(given, Tensor):

@@ -32,9 +32,10 @@ def load_hugging_face(source: str, config: DataConfig) -> Splits:
     name = str(Path(source).expanduser()) if not source.startswith(HUGGING_FACE) else source[len(HUGGING_FACE) :]
     parts = _parts(name)
     train = "train" if "train" in parts else next(iter(parts))
-    test = next((part for part in HELD_OUT if part in parts and part != train), None)
-    first = _images(name, train, config)
-    return Splits(first, None if test is None else _images(name, test, config))
+    held_out = [_images(name, part, config) for part in HELD_OUT if part in parts and part != train]
+    # As of a folder the first with labels: many sets keep those of the test part to themselves.
+    test = next((images for images in held_out if images.labels is not None), next(iter(held_out), None))
+    return Splits(_images(name, train, config), test)
 
 
 def read_row(path: str) -> bytes:

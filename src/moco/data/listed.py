@@ -42,7 +42,9 @@ def load_list(path: Path, config: DataConfig) -> Splits:
             test class that training does not have, or too many files that cannot be read.
     """
     table = _table(path)
-    files = list(map(partial(os.path.join, os.path.dirname(path)), table.paths))
+    files = list(map(partial(os.path.join, os.path.dirname(os.path.abspath(path))), table.paths))
+    if elsewhere := next((each for each in table.paths if "://" in each), None):
+        raise ValueError(f"{str(path)!r} names {elsewhere!r}; expected files on this machine: download them first")
     budget, known, parts = config.memory * 2**30, None, []
     for name, chosen in _parts(path, table.splits):
         numbers = None

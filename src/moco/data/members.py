@@ -25,7 +25,7 @@ except ImportError:  # Windows, where no tar is read
 HUGGING_FACE = "hf:"
 """Before the paths of rows of Hugging Face sets."""
 _BUFFER = 2**16
-_MOST, _FEWEST, _OTHERS = 1024, 16, 256  # tars that a process keeps open, and descriptors that it needs for the rest
+_MOST, _FEWEST, _OTHERS = 1024, 16, 512  # tars that a process keeps open, and descriptors that it needs for the rest
 
 
 def num_open() -> int:

@@ -4,6 +4,7 @@ The file is mapped, so that of a set of any size only what is read takes memory,
 """
 
 from functools import lru_cache
+from tokenize import TokenError  # what numpy raises on some damaged headers
 
 import numpy as np
 from jaxtyping import UInt8
@@ -45,7 +46,7 @@ def mapped(file: str) -> UInt8[np.ndarray, "..."]:
             array = np.memmap(file, np.uint8, "r").reshape(-1, *STL10_SHAPE).swapaxes(2, 3)
         else:
             array = np.lib.format.open_memmap(file, mode="r")  # refuses objects, which would be unpickled
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, TokenError) as error:
         raise ValueError(f"{file!r} cannot be read as an array ({' '.join(str(error).split())})") from None
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or not array.size:
         raise ValueError(
