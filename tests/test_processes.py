@@ -349,6 +349,8 @@ def told_on_one(folder: str) -> str:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Training, "step", signalled)
+        patched.setattr(engine, "SLOW_STEP", math.inf)
+        patched.setattr(engine, "PARTING", 0.1)  # who started these two does not leave
         try:
             train(folder, {})
         except Stopped as stopped:

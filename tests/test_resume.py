@@ -150,6 +150,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
     assert_equal_runs(undisturbed, killed(command, tmp_path, {}, steps))
 
 
+@pytest.mark.slow
 def test_so_does_one_of_v3_in_bf16(command: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command.start("pretrain", recipe(tmp_path, BF16_V3), "--out", run)
