@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moco import checkpoint, dist
+from moco.allocator import return_freed_memory
 from moco.auto import auto_config
 from moco.batchnorm import average_running_statistics
 from moco.briefing import briefing, cautions, environment
@@ -236,6 +237,7 @@ def _row(training: Training, *, look: bool) -> dict[str, float]:
     if look:
         average_running_statistics(training.core)
         row |= training.monitor.look()
+        return_freed_memory()
         clock.start()
     return row
 
@@ -257,6 +259,7 @@ def _introduce(training: Training, run: Run, splits: Splits) -> None:
     dist.first(say)
     start = "encoder at the start" if training.origin else "untrained encoder"
     results = {"raw pixels": monitor.measure_pixels(), start: monitor.measure()}
+    return_freed_memory()
 
     def show() -> None:
         run.write_json("results.json", results)
