@@ -193,7 +193,7 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
             loggers=[TensorBoardLogger(folder, name="tensorboard", version="") for _ in loggers],
         )
         _launch(fabric)
-    if several and launched().by == "first" and os.environ.get("LOCAL_RANK", "0") != "0":
+    if several and _started_by_first():
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(config.threads or torch.get_num_threads())  # Fabric has changed it
     return fabric
@@ -208,6 +208,11 @@ def _environment(launch: Launch) -> LightningEnvironment | SLURMEnvironment | To
     if launch.by == "torchrun":
         return TorchElasticEnvironment()
     return SLURMEnvironment(auto_requeue=False) if launch.by == "slurm" else LightningEnvironment()
+
+
+def _started_by_first() -> bool:
+    """Whether this machine's first process of the run is the parent of this one."""
+    return launched().by == "first" and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _end_with(parent: int) -> None:
@@ -314,8 +319,8 @@ class StopSignal:
     def agreed(self, step: int, *, due: bool, device: torch.device, at_once: bool = False) -> tuple[int, bool]:
         """The signal to stop for (0: none) and whether a checkpoint is due, the same on all ranks.
 
-        The other ranks are asked only every few steps, unless a step takes long: each question is one word, and makes
-        the host wait.
+        The other ranks are asked only every few steps, unless a step takes long: each question makes the host
+        wait.
 
         Args:
             step: the same on all ranks, as is `at_once`.
@@ -348,7 +353,7 @@ def part_in_order(stopped: Stopped) -> None:
     """
     if os.name == "posix" and stopped.signum == signal.SIGUSR1:
         dist.first(_queue_again)  # the others wait: srun may end the step as soon as one has left
-    if launched().by == "first" and os.environ.get("LOCAL_RANK", "0") != "0":
+    if _started_by_first():
         parent, until = os.getppid(), time.monotonic() + PARTING
         while os.getppid() == parent and time.monotonic() < until:
             time.sleep(0.05)

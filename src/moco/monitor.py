@@ -18,7 +18,7 @@ from moco.encoder import ImageEncoder
 from moco.evaluate import HeldOut, held_out
 from moco.evaluate.contract import accuracies
 from moco.evaluate.health import measure, two_crops, view_features
-from moco.evaluate.knn import QUERIES_AT_ONCE, few_label_accuracy, knn_scores, projected
+from moco.evaluate.knn import few_label_accuracy, projected, shared_scores
 from moco.model import Output
 from moco.views import TwoViews, view_specs
 
@@ -247,14 +247,9 @@ class Monitor:
 
     def _accuracy(self, bank: Tensor, queries: Tensor, held: HeldOut) -> float:
         """KNN top-1 in percent; each rank asks about a share, on its device."""
-        watch, labels, device = self.config.monitor, held.train_labels, self._device
-
-        def votes(which: range) -> Tensor:
-            asked = queries[which.start : which.stop].to(device)
-            return knn_scores(bank, labels, asked, k=watch.knn_k, temperature=watch.knn_temperature).cpu()
-
-        number, classes = len(queries), int(labels.max()) + 1
-        scores = dist.in_shares(votes, number, classes, at_once=QUERIES_AT_ONCE, device=device)
+        watch = self.config.monitor
+        k, temperature = watch.knn_k, watch.knn_temperature
+        scores = shared_scores(bank, held.train_labels, queries, k=k, temperature=temperature, device=self._device)
         return accuracies(scores, held.test_labels)["top1"]
 
     def _table_row(self, bank: Tensor, queries: Tensor, held: HeldOut) -> dict[str, float]:

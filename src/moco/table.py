@@ -14,13 +14,9 @@ from typing import BinaryIO, NamedTuple, final
 import numpy as np
 
 from moco.launch import launched
+from moco.lock import is_ours
 from moco.run import disk_full_named, write_atomically
 from moco.vectors import FILES, HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta, shares
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 SYNC_EVERY = 5.0
 """Seconds between syncs of everything so far to disk."""
@@ -71,7 +67,8 @@ class Writer:
 
     def _go_on(self, folder: Path) -> None:
         """Cut off what was written after the last sync."""
-        _lock(self._files[VECTORS], folder)
+        if not is_ours(self._files[VECTORS]):
+            raise ValueError(f"{folder} is being written by another process; wait for it, or give another --out")
         _sweep(folder)
         self.meta = read_meta(folder)
         if self.meta.complete:
@@ -274,18 +271,6 @@ def _write_meta(folder: Path, meta: Meta) -> None:
 def _opened(path: Path) -> BinaryIO:
     path.touch()
     return path.open("r+b")
-
-
-def _lock(file: BinaryIO, folder: Path) -> None:
-    """Lock the table, so that two processes never write it; the system releases the lock when a process ends."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder} is being written by another process; wait for it, or give another --out") from None
-    except OSError:  # a file system without locks
-        return
 
 
 def _head(name: str, rows: int, columns: int) -> bytes:

@@ -13,11 +13,7 @@ from moco.data.members import open_image
 from moco.data.remote import Unavailable
 from moco.data.shards import PLAN
 from moco.data.tar import BLOCK
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+from moco.lock import is_ours
 
 
 class Item(NamedTuple):
@@ -93,7 +89,8 @@ def begin(out: Path, plans: dict[str, list[Shard]]) -> BinaryIO:
     out.mkdir(parents=True, exist_ok=True)
     file = there.open("a+b")
     try:
-        _lock(file, out)
+        if not is_ours(file):
+            raise ValueError(f"{out} is being written by another `moco pack`; wait for it, or give a new folder")
         file.seek(0)
         before = file.read()
         if not before:
@@ -106,18 +103,6 @@ def begin(out: Path, plans: dict[str, list[Shard]]) -> BinaryIO:
         file.close()
         raise
     return file
-
-
-def _lock(file: BinaryIO, out: Path) -> None:
-    """Two processes would write the same files; the system lets go of it when a process is gone."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{out} is being written by another `moco pack`; wait for it, or give a new folder") from None
-    except OSError:  # a file system without locks
-        return
 
 
 def padded(size: int) -> int:

@@ -39,12 +39,7 @@ def evaluate(task: Task) -> Outcome:
         check_finite(vectors, part)
     labels, wanted = labels_of(train.images), labels_of(test.images)
     k, temperature = settings.k, settings.temperature
-
-    def votes(which: range) -> Tensor:
-        asked = queries[which.start : which.stop].to(task.device)
-        return knn_scores(bank, labels, asked, k=k, temperature=temperature).cpu()
-
-    scores = dist.in_shares(votes, len(queries), int(labels.max()) + 1, at_once=QUERIES_AT_ONCE, device=task.device)
+    scores = shared_scores(bank, labels, queries, k=k, temperature=temperature, device=task.device)
     return Outcome({}, scores, (*train.notes, *test.notes), wanted)
 
 
@@ -103,6 +98,24 @@ def knn_scores(
     # exp((s - 1) / T) rather than exp(s / T): the same ranking, without overflow at small T
     votes = ((found.similarity - 1) / temperature).exp()
     return votes.new_zeros(len(votes), num_classes).scatter_add_(1, bank_labels[found.index], votes)
+
+
+def shared_scores(
+    bank: Vectors | np.ndarray,
+    bank_labels: Labels,
+    queries: Float[Tensor, "m f"],
+    *,
+    k: int,
+    temperature: float,
+    device: torch.device,
+) -> Float[Tensor, "m classes"]:
+    """`knn_scores` on the CPU, of which each rank computes a share on its `device`; all ranks have to call it."""
+
+    def votes(which: range) -> Tensor:
+        asked = queries[which.start : which.stop].to(device)
+        return knn_scores(bank, bank_labels, asked, k=k, temperature=temperature).cpu()
+
+    return dist.in_shares(votes, len(queries), int(bank_labels.max()) + 1, at_once=QUERIES_AT_ONCE, device=device)
 
 
 @torch.inference_mode()
