@@ -327,7 +327,8 @@ def merge(config: PretrainConfig, overrides: dict[str, Any]) -> PretrainConfig:
     Raises:
         ValueError: as in `parse_config`.
     """
-    return parse_config(_merged(config.model_dump(), overrides))
+    # Only what was given: a default that were given would count as a choice when a run is resumed.
+    return parse_config(_merged(config.model_dump(exclude_unset=True), overrides))
 
 
 def to_yaml(config: PretrainConfig) -> str:
