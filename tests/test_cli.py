@@ -81,8 +81,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     for name, attributes in {
         "moco.pretrain": {"pretrain": fake.pretrain, "Progress": Progress},
         "moco.auto": {"auto_config": fake.auto_config},
+        "moco.stopping": {"Stopped": Stopped},
         "moco.engine": {
-            "Stopped": Stopped,
             "BF16_UNITS": ("amx_bf16", "avx512_bf16", "bf16"),
             "choose_precision": lambda accelerator: "fp32",
             "cpu_flags": lambda: frozenset({"avx512_bf16"}),
@@ -447,7 +447,7 @@ def pretrain(config, *, out, resume, on_progress):
     on_progress((10, 10, 2, {"loss": 6.25}))
     return types.SimpleNamespace(path=Path("x"), results={})
 sys.modules["moco.pretrain"] = types.SimpleNamespace(pretrain=pretrain)
-sys.modules["moco.engine"] = types.SimpleNamespace(Stopped=KeyError)
+sys.modules["moco.stopping"] = types.SimpleNamespace(Stopped=KeyError)
 from moco.cli import main
 sys.exit(main(["pretrain"]))
 """
@@ -543,3 +543,17 @@ def test_doctor_counts_the_training_images_of_a_folder(
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["images"]["value"] == "2"
     assert "fewer images than batch_size" in rows["steps"]["note"]
+
+
+def test_one_of_several_processes_leaves_a_failure_without_waiting_for_the_others() -> None:
+    code = """
+import atexit, sys, time
+from moco import dist
+from moco.cli import main
+dist.world_size = lambda: 2
+atexit.register(time.sleep, 60)
+sys.exit(main(["pretrain", "no-such-recipe"]))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert found.returncode == 2
+    assert found.stderr.startswith("moco: ") and "no-such-recipe" in found.stderr

@@ -1,5 +1,7 @@
+import datetime
 from collections.abc import Generator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,7 +122,7 @@ def exchanged() -> dict[str, Any]:
         "there": torch.equal(there, batch[order][rank::world]),
         "back": torch.equal(back, mine),
         "layout": there.is_contiguous(memory_format=torch.channels_last),
-        "agreed": list(dist.agree((rank, 7 - rank), mine.device)),
+        "agreed": list(dist.agree((rank, 7 - rank))),
         "said": dist.everyone(f"I am {rank}"),
         "first": dist.first(lambda: {"rank": dist.rank()}),
     }
@@ -177,12 +179,38 @@ def test_more_than_two_processes_deal_out_and_exchange_rows_as_two_do(several: P
         assert each["norm"] < 1e-11
 
 
+def told_apart() -> list[Any]:
+    """As where tensors travel from GPU to GPU."""
+    used, sent = list[Any](), torch.distributed.all_reduce
+
+    def recorded(*arguments: Any, group: Any = None, **named: Any) -> Any:
+        used.append(group)
+        return sent(*arguments, group=group, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "_words", None)  # and back to it
+        with pytest.MonkeyPatch.context() as before:
+            before.setattr("torch.distributed.get_backend", lambda: "nccl")
+            dist.talk_apart(datetime.timedelta(seconds=30))
+        patched.setattr("torch.distributed.all_reduce", recorded)
+        answers = [dist.everyone(str(dist.rank())), dist.agree((dist.rank(),)), dist.first(dist.rank)]
+        dist.all_reduce_sum(torch.ones(1))
+        return [*answers, [each is None for each in used], dist._words is used[0]]
+
+
+@two_processes
+def test_words_may_travel_apart_from_tensors(pair: Pair) -> None:
+    assert pair(told_apart) == [[["0", "1"], (1,), 0, [False, True], True]] * 2
+
+
 def failed(first: bool) -> str:
     try:
         if first:
             dist.first(lambda: torch.zeros(2).reshape(3))
+        elif dist.rank():
+            dist.together(lambda: Path("/no room\n").read_text())
         else:
-            dist.fail_together(OSError("no room\non the disk") if dist.rank() else None)
+            dist.together(lambda: "")
     except (RuntimeError, OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -191,7 +219,8 @@ def failed(first: bool) -> str:
 @two_processes
 def test_what_goes_wrong_on_one_rank_is_said_on_all(pair: Pair) -> None:
     told, own = pair(failed, False)
-    assert told == "ValueError: process 1 stopped: no room on the disk" and own == "OSError: no room\non the disk"
+    assert own.startswith("FileNotFoundError: [Errno 2]")
+    assert told == "ValueError: process 1 stopped: [Errno 2] No such file or directory: '/no room\\n'"
     own, told = pair(failed, True)
     assert own.startswith("RuntimeError: shape") and told.startswith("RuntimeError: process 0 stopped: shape")
 

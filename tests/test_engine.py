@@ -1,9 +1,5 @@
-import logging
 import os
-import signal
 import socket
-import threading
-import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,12 +9,10 @@ import torch
 from moco import engine
 from moco.config import EngineConfig
 from moco.engine import (
-    Stopped,
-    StopSignal,
     build_fabric,
     choose_precision,
     cpu_has_bf16,
-    part_in_order,
+    own_device,
     processes,
     resolve,
 )
@@ -198,115 +192,37 @@ def test_torchrun_overrules_the_settings_and_threads_are_shared(monkeypatch: pyt
     assert resolve(config).threads == 12
 
 
+def test_a_process_of_slurms_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (SLURM | {"SLURM_STEP_ID": "0", "SLURM_LOCALID": "5"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_device("cpu") == "cpu"
+    for seen, device in ((8, "cuda:5"), (1, "cuda:0")):  # all GPUs of the machine, or each task its own
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
+        assert own_device("cuda") == device
+
+
+def test_more_processes_than_gpus_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = EngineConfig(accelerator="cuda", devices=2, threads=1)
+    with pytest.raises(ValueError, match="^2 processes on this machine, and torch sees 1 GPUs; start one for each$"):
+        build_fabric(config, (), tmp_path)
+    for name, value in (SLURM | {"SLURM_STEP_ID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="^8 processes .* 1 GPUs; .* ask for --gpus-per-node, since --gpus-per-task"):
+        build_fabric(config, (), tmp_path)
+
+
+def test_srun_need_not_be_told_how_many_tasks_a_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (SLURM | {"SLURM_STEP_ID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    assert type(engine._environment(launched())).__name__ == "SLURMEnvironment"
+    assert os.environ.pop("SLURM_NTASKS_PER_NODE") == "8"
+
+
 def test_cores_are_shared_unless_slurm_gave_each_process_its_own() -> None:
     started = SLURM | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
     assert sharing_cores(8, {}) == sharing_cores(8, TORCHRUN) == sharing_cores(8, started) == 8
     assert sharing_cores(8, started | {"SLURM_CPUS_PER_TASK": "4"}) == 1
     assert sharing_cores(8, {"SLURM_CPUS_PER_TASK": "32"}) == 8  # a job, but none of its tasks
-
-
-# Signals
-
-
-def test_a_job_whose_time_is_nearly_over_is_queued_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    told = tmp_path / "told"
-    (tmp_path / "scontrol").write_text(
-        f'#!/bin/sh\necho "$@" >> {told}\n[ "$2" != 8 ] || {{ echo no such job >&2; exit 1; }}\n'
-    )
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    with StopSignal() as signals:
-        signal.raise_signal(signal.SIGUSR1)
-    assert signals.received == signal.SIGUSR1
-    part_in_order(Stopped(signal.SIGUSR1, tmp_path))  # not of SLURM's
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    part_in_order(Stopped(signal.SIGTERM, tmp_path))  # SLURM itself queues what it has preempted
-    assert not told.exists()
-    with caplog.at_level(logging.INFO, logger="moco"):
-        part_in_order(Stopped(signal.SIGUSR1, tmp_path))
-        monkeypatch.setenv("SLURM_JOB_ID", "8")
-        part_in_order(Stopped(signal.SIGUSR1, tmp_path))
-        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-        part_in_order(Stopped(signal.SIGUSR1, tmp_path))
-    assert told.read_text() == "requeue 7\nrequeue 8\nrequeue 5_2\n"
-    assert [record.getMessage() for record in caplog.records] == [
-        "job 7 is queued again",
-        "job 8 could not be put back into the queue: no such job",
-        "job 5_2 is queued again",
-    ]
-
-
-def handlers() -> list[object]:
-    return [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_remembered_and_interrupts_nothing(signum: signal.Signals) -> None:
-    before = handlers()
-    with StopSignal() as signals:
-        assert signals.agreed(1, due=False, device=CPU) == (0, False)
-        assert signals.agreed(1, due=True, device=CPU) == (0, True)
-        os.kill(os.getpid(), signum)
-        time.sleep(0.01)
-        assert signals.agreed(2, due=False, device=CPU) == (signum, False)
-    assert handlers() == before
-
-
-@pytest.mark.parametrize(("seconds", "asked"), [(0.001, [1, 2, 10, 20]), (0.6, [1, 2, 3, 4, 5])])
-def test_ranks_ask_each_other_every_ten_steps_or_at_every_one_if_steps_are_slow(
-    seconds: float, asked: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, seen = 0.0, []
-
-    def agree(words: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
-        seen.append(step)
-        return words
-
-    monkeypatch.setattr("moco.dist.world_size", lambda: 2)
-    monkeypatch.setattr("moco.dist.agree", agree)
-    monkeypatch.setattr("moco.engine.time.monotonic", lambda: now)
-    signals = StopSignal()
-    for step in range(1, 26):
-        now += seconds
-        assert signals.agreed(step, due=False, device=CPU) == (0, False)
-    assert seen[: len(asked)] == asked
-    signals.received = signal.SIGTERM
-    assert signals.agreed(30, due=False, device=CPU) == (signal.SIGTERM, True)
-
-
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_ctrl_c_after_a_signal_stops_at_once(first: signal.Signals) -> None:
-    before = handlers()
-    with pytest.raises(KeyboardInterrupt), StopSignal():
-        signal.raise_signal(first)
-        signal.raise_signal(signal.SIGINT)
-    assert handlers() == before
-
-
-def test_a_second_sigterm_is_patient() -> None:
-    with StopSignal() as signals:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-    assert signals.received == signal.SIGTERM
-
-
-def test_training_in_another_thread_leaves_the_signals_alone() -> None:
-    before, seen = handlers(), []
-
-    def train() -> None:
-        with StopSignal() as signals:
-            seen.extend([handlers() == before, signals.agreed(0, due=True, device=CPU)])
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    thread.join()
-    assert seen == [True, (0, True)]
-
-
-def test_stopped_says_by_what_and_where() -> None:
-    stopped = Stopped(signal.SIGTERM, Path("runs/x"))
-    assert (stopped.signum, stopped.path) == (signal.SIGTERM, Path("runs/x"))
-    assert str(stopped) == "stopped by SIGTERM; runs/x is saved"

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import moco
 from moco import backbones, dist
-from moco.config import PretrainConfig, merge, parse_config
+from moco.config import PretrainConfig, merge, parse_config, to_yaml
 from moco.optim import key_momentum, learning_rate
 from moco.run import Run
+from moco.settle import settle
 from moco.variants import loss_range
 from small import SmallBackbone
 
@@ -124,9 +125,14 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^out is .*elsewhere and resume .*run; a run continues in its own folder"):
         moco.pretrain(settings(), out=tmp_path / "elsewhere", resume=run, data=IMAGES)
     assert moco.pretrain(settings(steps=4), resume=run, data=IMAGES).metrics[-1]["step"] == 4
-    resumed, begun = importlib.import_module("moco.pretrain")._settings, Run.open(run)
-    assert resumed(settings(), None, begun).steps == 2  # not given: as it was begun
-    assert resumed(merge(begun.config, {"steps": None}), None, begun).steps is None  # given as none
+    begun = Run.open(run)
+    assert settle(settings(), None, begun).steps == 2  # not given: as it was begun
+    assert settle(merge(begun.config, {"steps": None}), None, begun).steps is None  # given as none
+    (run / "config.yaml").write_text(to_yaml(merge(begun.config, {"engine": {"devices": 1}})))
+    begun = Run.open(run)
+    for data in (None, IMAGES):  # nor is anything given by naming the images
+        again = settle(settings(), data, begun)
+        assert (again.steps, again.engine.devices) == (2, 1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError):

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 import moco
 from distributed import Pair, Payload
-from moco import backbones, checkpoint, dist, engine
+from moco import backbones, checkpoint, dist, stopping
 from moco.cli import main
 from moco.config import DataConfig, EvaluateConfig, PretrainConfig, merge, parse_config
 from moco.data import ArrayImages, FileImages, Loader, Splits
 from moco.encoder import ImageEncoder, build_backbone
-from moco.engine import Stopped
 from moco.evaluate import Task
 from moco.evaluate.reading import read
 from moco.monitor import AT_ONCE, shared
 from moco.ranks import share_bad, start_alike
 from moco.run import Run
+from moco.stopping import Stopped
 from moco.training import Training
 from small import TINY, SmallBackbone
 
@@ -123,7 +123,7 @@ def train(
         if count:
             patched.setattr(Training, "step", counted)
             patched.setattr(module, "_train", whole)
-            patched.setattr(engine, "SLOW_STEP", math.inf)  # however busy this machine is
+            patched.setattr(stopping, "SLOW_STEP", math.inf)  # however busy this machine is
         config = settings(**sections, engine={"devices": dist.world_size()})
         run = moco.pretrain(config, data=IMAGES if images is None else images, out=folder, resume=resume)
     training = kept["training"]
@@ -322,7 +322,7 @@ def fails_on_one(folder: str) -> str:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Loader, "epoch", epoch)
-        patched.setattr(engine, "SLOW_STEP", math.inf)  # the ranks ask each other, and save, at the first step alone
+        patched.setattr(stopping, "SLOW_STEP", math.inf)  # the ranks ask each other, and save, at the first step alone
         line = refused(folder, {"monitor": {"save_every": 1e-6}, "model": {"mask_own": False}}, [160, 160])
     return f"{line}, step {checkpoint.load(Run.open(folder).last)['step']}"
 
@@ -332,6 +332,49 @@ def test_too_many_bad_files_on_one_process_stop_both_and_spoil_no_checkpoint(pai
     first, second = pair(fails_on_one, str(tmp_path / "run"))
     assert second == "9 of 160 files could not be read so far, step 1"
     assert first == f"process 1 stopped: {second}"
+
+
+def fails_to_show(folder: str, step: int) -> str:
+    """The first rank cannot report a step, and another one the weights to start from."""
+
+    def show(progress: Any) -> None:
+        if progress.step == step:
+            raise KeyError("no such bar")
+
+    build = importlib.import_module("moco.training").build_model
+
+    def built(*arguments: Any, **named: Any) -> Any:
+        if dist.rank() == 1 and step == 0:
+            raise RuntimeError("no such weights")
+        return build(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("moco.training.build_model", built)
+        for name in ("draw_results", "draw_start", "refresh"):
+            patched.setattr(LOOP, name, lambda *_, **__: None)
+        patched.setitem(backbones.BACKBONES, "small", lambda in_channels: SmallBackbone())
+        config = settings(steps=12, monitor={"log_every": 1}, engine={"devices": 2})
+        try:
+            moco.pretrain(config, data=IMAGES, out=folder, on_progress=show)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@two_processes
+@pytest.mark.parametrize(
+    ("step", "first", "second"),
+    [
+        (0, "ValueError: process 1 stopped: no such weights", "RuntimeError: no such weights"),
+        (2, "KeyError: 'no such bar'", "ValueError: process 0 stopped: 'no such bar'"),
+        (12, "KeyError: 'no such bar'", "RuntimeError: process 0 stopped: 'no such bar'"),
+    ],
+)
+def test_what_fails_on_one_process_alone_stops_both(
+    step: int, first: str, second: str, pair: Pair, tmp_path: Path
+) -> None:
+    assert pair(fails_to_show, str(tmp_path / "run"), step) == [first, second]
+    assert (tmp_path / "run").exists() == (step > 0)
 
 
 def from_a_file(folder: str, file: str) -> dict[str, Any]:
@@ -349,8 +392,8 @@ def told_on_one(folder: str) -> str:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Training, "step", signalled)
-        patched.setattr(engine, "SLOW_STEP", math.inf)
-        patched.setattr(engine, "PARTING", 0.1)  # who started these two does not leave
+        patched.setattr(stopping, "SLOW_STEP", math.inf)
+        patched.setattr(stopping, "PARTING", 0.1)  # who started these two does not leave
         try:
             train(folder, {})
         except Stopped as stopped:

@@ -100,7 +100,9 @@ def test_each_part_of_the_jitter_alone_equals_torchvisions(operation):
     assert (got - images).abs().mean() > 5 * LEVEL
 
 
-def test_jitter_in_every_order_equals_torchvisions_in_that_order():
+@pytest.mark.parametrize("number_of_a_large_one", [0, 10**9], ids=["large", "small"])
+def test_jitter_in_every_order_equals_torchvisions_in_that_order(number_of_a_large_one, monkeypatch):
+    monkeypatch.setattr("moco.transforms.LARGE", number_of_a_large_one)
     images, strength = pictures(24, 3, 16, 24), strengths(24)
     before = images.clone()
     got = jitter_colour(images, strength, ORDERS)
@@ -111,13 +113,20 @@ def test_jitter_in_every_order_equals_torchvisions_in_that_order():
         torch.testing.assert_close(result, image, atol=LEVEL / 4, rtol=0)
 
 
-def test_jitter_of_one_channel_is_brightness_and_contrast_only():
+@pytest.mark.parametrize("number_of_a_large_one", [0, 10**9], ids=["large", "small"])
+def test_jitter_of_one_channel_is_brightness_and_contrast_only(number_of_a_large_one, monkeypatch):
+    monkeypatch.setattr("moco.transforms.LARGE", number_of_a_large_one)
     images, strength = pictures(24, 1, 16, 24), strengths(24)
     got = jitter_colour(images, strength, ORDERS)
     for image, result, factors, order in zip(images, got, strength.tolist(), ORDERS.tolist(), strict=True):
         for operation in order:
             image = ADJUST[operation](image, factors[operation])
         torch.testing.assert_close(result, image, atol=LEVEL / 20, rtol=0)
+
+
+def test_jitter_of_no_images_is_none():
+    none = torch.zeros(0, 3, 224, 224)
+    assert jitter_colour(none, torch.zeros(0, 4), torch.zeros(0, 4, dtype=torch.int64)).shape == none.shape
 
 
 def test_hue_leaves_grey_alone_and_a_whole_turn_changes_nothing():

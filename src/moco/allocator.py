@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 KEPT = 2**31 - 1
-"""Bytes of freed memory that are kept at most, the largest number that mallopt takes."""
+"""Bytes, the largest number that mallopt takes; it is compared with the free end of the heap alone."""
 
 
 def keep_freed_memory() -> None:
     """Changes how this process allocates, where its C library is glibc; does nothing elsewhere.
 
     By default glibc takes every block of more than 32 MiB from the system anew, which clears it page by page: at batch
-    256 a ResNet-18 has hundreds of thousands of page faults a step (results/LOG.md).
+    256 a ResNet-18 has hundreds of thousands of page faults a step (results/LOG.md). The price: what lies free between
+    blocks in use stays with the process, about a quarter more than it has at most in use.
     """
     if mallopt := _of_glibc("mallopt"):
         mallopt(_M_MMAP_MAX, 0)

@@ -4,8 +4,9 @@ The order of a global batch is interleaved: image `i` of rank `r` is number `i *
 image of the global batch as a batch-norm group then means the same on one process and on many.
 """
 
+import datetime
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -108,7 +109,8 @@ def in_shares(
     each = -(-total // (at_once * world)) * at_once
     device = torch.device("cpu") if torch_dist.get_backend() == "gloo" else device
     own = range(min(total, rank() * each), min(total, (rank() + 1) * each))
-    rows, out = work(own) if own else torch.empty(0, width), room(total, width)
+    out = room(total, width)  # before the work: it may not fit
+    rows = work(own) if own else torch.empty(0, width)
     for at in range(0, each, at_once):
         block = torch.zeros(at_once, width)
         block[: max(0, len(rows) - at)] = rows[at : at + at_once]
@@ -138,12 +140,25 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _AllReduceSum.apply(x)
 
 
-def agree(words: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
+_words: Any = None  # a group of the hosts, where tensors travel from GPU to GPU
+
+
+def talk_apart(patience: datetime.timedelta) -> None:
+    """From now on words travel from host to host, and no GPU is waited for; all ranks call it once they are connected.
+
+    Args:
+        patience: how long a rank waits for the word of another; for tensors it is what they were connected with.
+    """
+    global _words
+    _words = None if torch_dist.get_backend() == "gloo" else torch_dist.new_group(backend="gloo", timeout=patience)
+
+
+def agree(words: tuple[int, ...]) -> tuple[int, ...]:
     """The largest of all ranks' words at each place; the host waits for them."""
     if world_size() == 1:
         return words
-    largest = torch.tensor(words, device=device)
-    torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
+    largest = torch.tensor(words)
+    torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX, group=_words)
     return tuple(largest.tolist())
 
 
@@ -151,7 +166,7 @@ def everyone(text: str) -> list[str]:
     """What each rank says, by rank."""
     said: list[Any] = [text] * world_size()
     if world_size() > 1:
-        torch_dist.all_gather_object(said, text)
+        torch_dist.all_gather_object(said, text, group=_words)
     return said
 
 
@@ -169,6 +184,20 @@ def fail_together(error: Exception | None) -> None:
             raise ValueError(f"process {number} stopped: {text}")
 
 
+def together(work: Callable[[], Answer]) -> Answer:
+    """Done by every rank for itself; all stop if it fails on one, which the others would wait for.
+
+    Raises:
+        Exception: that of `work`; on the other ranks as in `fail_together`.
+    """
+    try:
+        answer, error = work(), None
+    except Exception as caught:
+        answer, error = None, caught
+    fail_together(error)
+    return cast(Answer, answer)
+
+
 def first(work: Callable[[], Answer]) -> Answer:
     """Done by rank 0 alone; the answer on all ranks, which wait for it.
 
@@ -184,7 +213,7 @@ def first(work: Callable[[], Answer]) -> Answer:
             answer[0] = work()
         except Exception as caught:
             error, answer[1] = caught, " ".join(str(caught).split()) or type(caught).__name__
-    torch_dist.broadcast_object_list(answer, src=0)
+    torch_dist.broadcast_object_list(answer, src=0, group=_words)
     if error is not None:
         raise error
     if answer[1]:

@@ -1,18 +1,13 @@
-"""EngineConfig -> Lightning Fabric: devices, nodes, precision; and how a run of several processes stops as one."""
+"""EngineConfig -> Lightning Fabric: devices, nodes, precision, and how the processes find each other."""
 
+import atexit
 import datetime
 import inspect
 import logging
-import math
 import os
-import signal
-import subprocess
-import threading
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -21,12 +16,14 @@ from lightning_fabric.accelerators import ACCELERATOR_REGISTRY
 from lightning_fabric.loggers import TensorBoardLogger
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.utilities import distributed as fabric_distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from moco import dist
 from moco.allocator import keep_freed_memory
 from moco.config import EngineConfig
 from moco.launch import Launch, check_started, launched, sharing_cores
+from moco.stopping import end_with_first
 
 Precision = Literal["fp32", "bf16", "fp64"]
 _FABRIC_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
@@ -35,32 +32,11 @@ _FABRIC_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
     # The loop casts weights and views; Fabric's own 64-true would convert keys and loss back to float32.
     "fp64": "32-true",
 }
-ASK_EVERY = 10
-"""Steps between rounds in which ranks ask each other whether one of them has to stop or save."""
-SLOW_STEP = 0.5
-"""Seconds per step above which ranks ask at every step: torchrun and SLURM kill 30 seconds after the first signal."""
-FAILED = 1_000
-"""The answer if a rank cannot continue; signals are smaller numbers."""
 PATIENCE = datetime.timedelta(hours=2)
 """How long ranks wait for one that builds a cache, fetches shards or draws; one that has died is noticed sooner."""
+STUCK = datetime.timedelta(minutes=30)
+"""How long a GPU waits for the tensors of another: longer than a shard takes to fetch, and it is taken for dead."""
 WAIT = datetime.timedelta(days=1)
-PARTING = 20.0
-"""Seconds that a process started by the run's first one waits for it to leave first."""
-
-
-class Stopped(Exception):
-    """The run was stopped by a signal; everything is saved.
-
-    Args:
-        signum: the signal.
-        path: the folder of the run.
-    """
-
-    def __init__(self, signum: int, path: Path):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; {path} is saved")
-        self.signum, self.path = signum, path
-
-
 BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 """What Linux calls the units that multiply bf16: AMX and AVX-512 on x86, and that of Arm."""
 
@@ -86,9 +62,11 @@ def choose_accelerator(name: str) -> str:
 
 
 def own_device(accelerator: str) -> str:
-    """The device of this process; processes that torchrun starts on one machine have a device each."""
-    name, local = choose_accelerator(accelerator), os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if name == "cuda" and local else name
+    """The device of this process; processes that torchrun or SLURM starts on one machine have a device each."""
+    name = choose_accelerator(accelerator)
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID") if launched().by == "slurm" else None)
+    # SLURM may show each of its tasks one GPU alone.
+    return f"cuda:{int(local) % torch.cuda.device_count()}" if name == "cuda" and local else name
 
 
 @contextmanager
@@ -172,7 +150,7 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
 
     Raises:
         ValueError: the processes cannot connect: their port is in use, the first cannot be reached, or SLURM's srun was
-            left out.
+            left out; or there are more of them on this machine than GPUs.
     """
     check_started()
     torch.set_num_threads(config.threads or torch.get_num_threads())
@@ -183,45 +161,41 @@ def build_fabric(config: EngineConfig, loggers: tuple[str, ...], folder: Path) -
         torch.use_deterministic_algorithms(True)
     devices, nodes = processes(config)
     several = nodes > 1 or devices != 1
+    if config.accelerator in ("cuda", "gpu") and devices > torch.cuda.device_count():
+        raise ValueError(
+            f"{devices} processes on this machine, and torch sees {torch.cuda.device_count()} GPUs; start one for each"
+            + ("; ask for --gpus-per-node, since --gpus-per-task hides others'" if launched().by == "slurm" else "")
+        )
     with _fabric_unheard():
         fabric = Fabric(
             accelerator=config.accelerator,
             devices=devices,
             num_nodes=nodes,
-            strategy=_strategy(launched()) if several else "auto",
+            strategy=_strategy(config, launched()) if several else "auto",
             precision=_FABRIC_PRECISION[config.precision],
             loggers=[TensorBoardLogger(folder, name="tensorboard", version="") for _ in loggers],
         )
         _launch(fabric)
-    if several and _started_by_first():
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if several:
+        dist.talk_apart(PATIENCE)
+        end_with_first()
     torch.set_num_threads(config.threads or torch.get_num_threads())  # Fabric has changed it
     return fabric
 
 
-def _strategy(launch: Launch) -> DDPStrategy:
-    return DDPStrategy(cluster_environment=_environment(launch), timeout=PATIENCE, **ddp_options())
+def _strategy(config: EngineConfig, launch: Launch) -> DDPStrategy:
+    timeout = PATIENCE if config.accelerator == "cpu" else STUCK
+    return DDPStrategy(cluster_environment=_environment(launch), timeout=timeout, **ddp_options())
 
 
 def _environment(launch: Launch) -> LightningEnvironment | SLURMEnvironment | TorchElasticEnvironment:
     """What Fabric would detect, except for a SLURM job with one task, which starts the other processes itself."""
     if launch.by == "torchrun":
         return TorchElasticEnvironment()
-    return SLURMEnvironment(auto_requeue=False) if launch.by == "slurm" else LightningEnvironment()
-
-
-def _started_by_first() -> bool:
-    """Whether this machine's first process of the run is the parent of this one."""
-    return launched().by == "first" and os.environ.get("LOCAL_RANK", "0") != "0"
-
-
-def _end_with(parent: int) -> None:
-    """End this process soon after `parent`, which started it, has ended; in a collective it would wait for long."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    time.sleep(PARTING / 2)
-    logging.getLogger("moco").error("the first process of the run has ended, and this one, which it started, with it")
-    os._exit(1)
+    if launch.by != "slurm":
+        return LightningEnvironment()
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launch.per_node))  # Fabric insists on what srun need not be told
+    return SLURMEnvironment(auto_requeue=False)
 
 
 def _launch(fabric: Fabric) -> None:
@@ -262,8 +236,13 @@ def loss_named(path: Path) -> Generator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if dist.world_size() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+    except BaseException as error:
+        if dist.world_size() == 1:
+            raise
+        # Under NCCL Fabric ends a process together with all others, which may be waiting for this one.
+        atexit.unregister(getattr(fabric_distributed, "_destroy_dist_connection", lambda: None))
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if not (isinstance(error, RuntimeError) and lost):
             raise
         raise RuntimeError(
             "another process of the run died or stopped responding (see its own message); resume from the last "
@@ -285,89 +264,3 @@ def _fabric_unheard() -> Generator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-class StopSignal:
-    """A signal to stop sets a flag that all ranks agree on every few steps; a second Ctrl-C stops at once.
-
-    The signals are SIGTERM, Ctrl-C, and SIGUSR1, which SLURM sends when a job's time is nearly over.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.failure: Exception | None = None
-        """Why this rank cannot continue; the others learn of it in the next round."""
-        self._asked, self._asked_at = 0, -math.inf  # the step of the last question, and when it was
-        self._every = 1  # until it is known how long a step takes
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if os.name == "posix" else [])):
-                self._before[signum] = signal.signal(signum, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)  # ty: ignore[invalid-argument-type]
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.received and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signum
-
-    def agreed(self, step: int, *, due: bool, device: torch.device, at_once: bool = False) -> tuple[int, bool]:
-        """The signal to stop for (0: none) and whether a checkpoint is due, the same on all ranks.
-
-        The other ranks are asked only every few steps, unless a step takes long: each question makes the host
-        wait.
-
-        Args:
-            step: the same on all ranks, as is `at_once`.
-            due: whether a checkpoint is due on this rank.
-            device: device of this rank.
-            at_once: ask at this step in any case.
-
-        Raises:
-            Exception: the `failure` of a rank.
-        """
-        if dist.world_size() == 1:
-            return self.received, due
-        if step % self._every and not at_once:
-            return 0, False
-        own = FAILED if self.failure else 1 + self.received if self.received else int(due)
-        now = time.monotonic()
-        slow = now - self._asked_at > SLOW_STEP * max(1, step - self._asked)
-        word, slow_anywhere = dist.agree((own, int(slow)), device)
-        self._asked, self._asked_at = step, time.monotonic()
-        self._every = 1 if slow_anywhere else ASK_EVERY
-        if word == FAILED:
-            dist.fail_together(self.failure)
-        return max(0, word - 1), word > 0
-
-
-def part_in_order(stopped: Stopped) -> None:
-    """End the processes in order after a stop: the first requeues the job in SLURM, the others let it leave first.
-
-    Whoever starts processes takes one that ends as a failure, and kills the others.
-    """
-    if os.name == "posix" and stopped.signum == signal.SIGUSR1:
-        dist.first(_queue_again)  # the others wait: srun may end the step as soon as one has left
-    if _started_by_first():
-        parent, until = os.getppid(), time.monotonic() + PARTING
-        while os.getppid() == parent and time.monotonic() < until:
-            time.sleep(0.05)
-
-
-def _queue_again() -> None:
-    log, job = logging.getLogger("moco"), os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
-    if not job:
-        return
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{job}_{task}" if task else job
-    try:
-        subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
-        log.info("job %s is queued again", job)
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = str(getattr(error, "stderr", "") or error).strip()
-        log.warning("job %s could not be put back into the queue: %s", job, why)

@@ -43,6 +43,11 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch("alone", int(here.get("NODE_RANK", "0")))
 
 
+def started_by_first() -> bool:
+    """Whether this machine's first process of the run is the parent of this one."""
+    return launched().by == "first" and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
 def check_started(environment: Mapping[str, str] = os.environ) -> None:
     """Check, before waiting for other processes, that something starts them.
 

@@ -13,21 +13,20 @@ from typing import Any, NamedTuple
 
 from moco import checkpoint, dist
 from moco.allocator import return_freed_memory
-from moco.auto import auto_config
 from moco.batchnorm import average_running_statistics
 from moco.briefing import briefing, cautions, environment
-from moco.config import CONTINUABLE, DataConfig, PretrainConfig, fields, merge
-from moco.data import GIVEN, Splits, as_images, load_data
+from moco.config import PretrainConfig
+from moco.data import Splits, as_images, load_data
 from moco.elastic import exactness
-from moco.engine import Stopped, StopSignal, build_fabric, loss_named, part_in_order, processes, resolve
+from moco.engine import build_fabric, loss_named
 from moco.explore.report import refresh
-from moco.launch import launched
 from moco.monitor import COLUMNS
 from moco.optim import resolved_lr
 from moco.pictures import draw_results, draw_start
 from moco.ranks import carried_on, load_alike, share_bad, start_alike
-from moco.recipes import load_recipe
 from moco.run import MetricsWriter, Run
+from moco.settle import settle, settle_here
+from moco.stopping import Stopped, StopSignal, part_in_order, queued_again
 from moco.training import Training, prepare
 
 log = logging.getLogger("moco")
@@ -89,17 +88,17 @@ def pretrain(
     earlier = None if resume is None or file or ahead else Run.open(resume)
     if earlier and out is not None and not either:
         raise ValueError(f"out is {out} and resume {resume}; a run continues in its own folder: omit out")
-    config = _settings(config, data, earlier, again=either)
+    config = settle(config, data, earlier, again=either)
     path = earlier.path if earlier else Path(out) if out else _free_folder(config)
     # A run that was killed before its first checkpoint holds nothing that would be lost.
     if earlier is None and not (ahead and (path / "config.yaml").is_file()):
         Run.refuse_taken(path)
     state = checkpoint.load(earlier.last) if earlier else None
     if earlier and state:
-        config = _here(config, earlier, state)
+        config = settle_here(config, earlier, state)
     source = checkpoint.read_any(file, backbone=config.model.backbone) if file else None
     fabric = build_fabric(config.engine, config.monitor.loggers, path)
-    with loss_named(path):
+    with queued_again(), loss_named(path):
         splits = load_alike(lambda: _images(config, data), config)
         groups = state.get("groups", 0) if state else 0
         training = prepare(config, splits, fabric, fresh=not (earlier or file), groups=groups)
@@ -112,19 +111,26 @@ def pretrain(
         start_alike(training.done, anew=not earlier)
         run = earlier or Run(path, config)
         dist.first(run.remove_partial if earlier else run.begin)
-        with run.logged() if dist.rank() == 0 else nullcontext(), StopSignal() as signals:
-            try:
-                _work(training, run, splits, state, signals, on_progress or (lambda progress: None))
-            except Stopped as stopped:
-                part_in_order(stopped)
-                raise
+        with run.logged() if dist.rank() == 0 else nullcontext():
+            with StopSignal() as signals:
+                try:
+                    trained = _work(training, run, splits, state, signals, on_progress or (lambda progress: None))
+                except Stopped as stopped:
+                    part_in_order(stopped)
+                    raise
+            if trained:  # whoever stops us from here on loses nothing that is not made anew
+                _conclude(training, run, splits)
     return run
 
 
 def _work(
     training: Training, run: Run, splits: Splits, state: dict[str, Any] | None, signals: StopSignal, show: Show
-) -> None:
-    """From the first log lines to the report; `state`: the checkpoint to continue from, if any."""
+) -> bool:
+    """From the first log lines to the last checkpoint; `state`: the checkpoint to continue from, if any.
+
+    Returns:
+        Whether there was anything to do; not for a run that had finished.
+    """
     leads = dist.rank() == 0
     if state is None:
         _introduce(training, run, splits)
@@ -141,40 +147,35 @@ def _work(
         before = state.get("processes", 1)
         if before != dist.world_size():
             log.info(exactness(training.config, before, state.get("groups", 0), training.groups))
-    if dist.first(lambda: training.done == training.total and "trained encoder" in run.results):  # it had finished
-        return
+    if dist.first(lambda: training.done == training.total and "trained encoder" in run.results):
+        return False
     unlogged = bool(state and state.get("unlogged"))
-    table = MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=training.done - unlogged, active=leads)
+    keep = training.done - unlogged
+    table = dist.together(lambda: MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=keep, active=leads))
     with closing(table) as metrics:
         if state is None:
             training.save(run, metrics, run.last)  # from here on a killed run can be continued
         elif unlogged:
             _note(training, run, metrics, signals, show if leads else None, look=True)
         _train(training, run, metrics, signals, show if leads else None)
-    watch = training.monitor
-    found = watch.measure()
-
-    def conclude() -> None:
-        draw_results(run, watch.encoder, watch.projector, splits.train, watch.final)
-        run.write_json("results.json", run.results | {"trained encoder": found})
-        refresh(run, between=0)
-
-    dist.first(conclude)
+    return True
 
 
 def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSignal, show: Show | None) -> None:
-    config, loader, device = training.config, training.loader, training.fabric.device
+    config, loader = training.config, training.loader
     first, saved, bad = training.done, time.monotonic(), set[str]()
     training.clock.start()
     while training.done < training.total:
         epoch, start = divmod(training.done, loader.steps_per_epoch)
+        if not training.in_memory:
+            return_freed_memory()  # else the processes that read would hold on to all of it for the epoch
         for images, ids in carried_on(loader.epoch(epoch, start=start), training, signals):
             training.step(images, ids, epoch)
             ends_epoch = training.done % loader.steps_per_epoch == 0
             finished = training.done == training.total
             looks = finished or (ends_epoch and config.monitor.every and (epoch + 1) % config.monitor.every == 0)
             due = time.monotonic() - saved > config.monitor.save_every
-            told, due = signals.agreed(training.done, due=due, device=device, at_once=ends_epoch or finished)
+            told, due = signals.agreed(training.done, due=due, at_once=ends_epoch or finished)
             if ends_epoch and not training.in_memory:
                 share_bad(loader.bad, bad, num_images=training.num_images, max_bad=config.data.max_bad)
             if told and looks and not finished:  # kNN may take longer than whoever told us waits
@@ -210,10 +211,10 @@ def _note(
             show(Progress(training.done, training.total, epoch, row))
             if not finished and (refresh(run) or look):
                 training.clock.start()
-        except OSError as error:
+        except Exception as error:
             if dist.world_size() == 1:
                 raise
-            # A full disk, say: the others learn of it in the next round, or when the next checkpoint is due.
+            # A full disk, say, or a failing `on_progress`: the others learn of it in the next round.
             signals.failure = training.failure = error
     if training.config.monitor.split == "heldout" and row.get("knn_top1", -1) > training.best:
         training.best = row["knn_top1"]
@@ -269,71 +270,18 @@ def _introduce(training: Training, run: Run, splits: Splits) -> None:
     dist.first(show)
 
 
-def _settings(
-    config: str | Path | PretrainConfig | None, data: Any, earlier: Run | None, *, again: bool = False
-) -> PretrainConfig:
-    """The run's settings, with every choice of the engine made; `again`: the settings of `earlier` were given again."""
-    by_name = isinstance(config, str | Path)
-    if config is None:
-        if earlier:
-            earlier.refuse_code()
-            config = earlier.config
-        elif data is None:
-            config = load_recipe("digits")
-        else:
-            where = DataConfig(source=str(data)) if isinstance(data, str | Path) else DataConfig()
-            given = None if isinstance(data, str | Path) else Splits(as_images(data), None)
-            config, reasons = auto_config(where, given)
-            if launched().rank == 0:
-                for reason in reasons:
-                    log.info(reason)
-    elif not isinstance(config, PretrainConfig):
-        config = load_recipe(str(config))
-    if data is not None:
-        config = merge(config, {"data": {"source": str(data) if isinstance(data, str | Path) else GIVEN}})
-    if earlier:
-        config = _gone_on_with(config, earlier, left_open=again or by_name)
-    return config.model_copy(update={"engine": resolve(config.engine)})
+def _conclude(training: Training, run: Run, splits: Splits) -> None:
+    """Measure and draw what the trained encoder finds."""
+    watch = training.monitor
+    found = watch.measure()
 
+    def show() -> None:
+        draw_results(run, watch.encoder, watch.projector, splits.train, watch.final)
+        run.write_json("results.json", run.results | {"trained encoder": found})
+        refresh(run, between=0)
 
-def _gone_on_with(config: PretrainConfig, earlier: Run, *, left_open: bool) -> PretrainConfig:
-    """The settings of a run, updated with those that may change on resume; all others have to be the same as before.
-
-    Args:
-        config: settings to resume with.
-        earlier: the run.
-        left_open: whether settings that `config` does not give, and that may change, stay as they were.
-    """
-    changed: dict[str, Any] = {}
-    for name in fields():
-        section, _, key = name.rpartition(".")
-        given, begun = (getattr(getattr(each, section) if section else each, key) for each in (config, earlier.config))
-        not_given = left_open or key not in (getattr(config, section) if section else config).model_fields_set
-        may_stay = not_given if name in CONTINUABLE else section == "engine"
-        as_before = given in (None, "auto") and may_stay
-        if given == begun or as_before:
-            continue
-        if name not in CONTINUABLE:
-            raise ValueError(
-                f"{earlier.path} was begun with --{name} {begun}, now it is {given}; resume with the same settings, or "
-                "give another --out"
-            )
-        changed |= {section: changed.get(section, {}) | {key: given}} if section else {key: given}
-    return merge(earlier.config, changed)
-
-
-def _here(config: PretrainConfig, earlier: Run, state: dict[str, Any]) -> PretrainConfig:
-    """The settings to continue with, on the number of processes there are now."""
-    if (config.data.cache is None) != (earlier.config.data.cache is None):
-        raise ValueError(
-            f"{earlier.path} was started {'with' if earlier.config.data.cache else 'without'} --data.cache, which "
-            "changes the pixels that crops are made from; on resume, only the cache's folder may change"
-        )
-    here, nodes = processes(config.engine)
-    if state.get("processes", 1) != here * nodes and config.engine.threads == earlier.config.engine.threads:
-        engine = config.engine.model_copy(update={"threads": None})  # each gets another share of the cores
-        config = config.model_copy(update={"engine": resolve(engine)})
-    return config
+    dist.first(show)
+    return_freed_memory()
 
 
 def _images(config: PretrainConfig, data: Any) -> Splits:

@@ -10,7 +10,7 @@ from torch import Tensor
 from moco import dist
 from moco.config import PretrainConfig
 from moco.data import Splits, fingerprint
-from moco.engine import StopSignal
+from moco.stopping import StopSignal
 from moco.training import Training
 
 log = logging.getLogger("moco")
@@ -24,16 +24,12 @@ def load_alike(load: Callable[[], Splits], config: PretrainConfig) -> Splits:
         config: settings, which have to be the same, too.
 
     Raises:
-        ValueError: on all ranks: one of them could not load its images, or has different images or settings.
+        Exception: that of `load`; on the other ranks a ValueError that says on which, and what.
+        ValueError: on all ranks: one of them has different images or settings.
     """
     if dist.world_size() == 1:
         return load()
-    try:
-        splits, error = load(), None
-    except (ValueError, OSError) as caught:
-        splits, error = None, caught
-    dist.fail_together(error)
-    assert splits is not None
+    splits = dist.together(load)
     for what, own in (("settings", _of_settings(config)), ("images", _of_images(splits))):
         said = dist.everyone(own)
         for number, text in enumerate(said):
@@ -91,7 +87,7 @@ def carried_on(
     """
     try:
         yield from batches
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if dist.world_size() == 1:
             raise
         signals.failure = error

@@ -258,8 +258,8 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
         workers = num_workers(sharing_cores(processes(config.engine)[0]))
     specs = view_specs(config.views)
     views = TwoViews(specs, config.views.size, config.seed)
-    loader, error = None, None
-    try:
+
+    def parts() -> tuple[Loader, MoCo, str]:
         loader = Loader(
             train,
             batch_size=config.batch_size,
@@ -271,18 +271,16 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
             crop=views,
             max_bad=config.data.max_bad,
         )
-    except (ValueError, OSError) as caught:  # one machine alone may lack the room for shards
-        error = caught
-    dist.fail_together(error)
-    assert loader is not None
-    randomness.seed_everything(config.seed)
-    published = config.model.pretrained and fresh and not config.init_from
-    core = build_model(settings.model_copy(update={"pretrained": published}), channels=config.data.channels)
+        randomness.seed_everything(config.seed)
+        published = config.model.pretrained and fresh and not config.init_from
+        core = build_model(settings.model_copy(update={"pretrained": published}), channels=config.data.channels)
+        for size in {config.views.size, config.data.size or config.views.size}:
+            refuse_size(core.query_encoder.get_submodule("backbone"), size, channels=config.data.channels)
+        return loader, core, checkpoint.initialise(core, config) if config.init_from and fresh else ""
+
+    loader, core, origin = dist.together(parts)  # one machine alone may lack room for shards, or a file of weights
     if across:
         core.shuffle = "ranks"
-    for size in {config.views.size, config.data.size or config.views.size}:
-        refuse_size(core.query_encoder.get_submodule("backbone"), size, channels=config.data.channels)
-    origin = checkpoint.initialise(core, config) if config.init_from and fresh else ""
     if config.engine.precision == "fp64":
         core = core.double()
     if config.engine.accelerator == "cpu" and config.engine.precision == "bf16":

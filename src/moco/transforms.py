@@ -124,7 +124,7 @@ def jitter_colour_(images: Batch, strength: Float[Tensor, "n 4"], order: Int64[T
     operations = [_brighten_, _contrast_, _saturate_, _shift_hue_]
     if images.shape[1] != 3:
         operations = operations[:2]
-    if images.device.type == "cpu" and images[0].numel() > LARGE:
+    if images.device.type == "cpu" and images.shape[1:].numel() > LARGE:
         runs = order.unique_consecutive(dim=0, return_counts=True)[1].tolist()
         for part, factors, own in zip(images.split(runs), strength.split(runs), order.split(runs), strict=True):
             for number in own[0].tolist():

@@ -40,6 +40,19 @@ for _verb in (pretrain, evaluate, embed, search, explore, report, export, pack, 
     app.command(_verb)
 
 
+def _left(code: int) -> int:
+    """After a failure, one of several processes leaves without what happens at exit, which could wait for the others.
+
+    What started them (torchrun, srun, the first one) ends the others once it has seen this one go.
+    """
+    dist = sys.modules.get("moco.dist")
+    if code and dist and dist.world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def _refused(error: Exception, code: int) -> int:
     if os.environ.get("MOCO_TRACEBACK") == "1":
         raise error
@@ -59,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A core that waits for another spins for some microseconds, then yields: without this limit, training beside other
     # programs stalls; with no spinning at all it takes half as long again (results/LOG.md). Set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    tokens = spelled(list(sys.argv[1:] if arguments is None else arguments))
+    return _left(_run(spelled(list(sys.argv[1:] if arguments is None else arguments))))
+
+
+def _run(tokens: list[str]) -> int:
     with heard():
         try:
             app(tokens, exit_on_error=False, print_error=False, verbose=False)

@@ -54,8 +54,8 @@ def pretrain(
     if print_config:
         print(settings.to_yaml(config), end="")
         return
-    from moco.engine import Stopped
     from moco.pretrain import pretrain as train
+    from moco.stopping import Stopped
 
     try:
         with progress(stderr()) as show:
