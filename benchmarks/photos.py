@@ -5,8 +5,9 @@
 Three things are timed in turn, on one thread, so that a change in the machine's speed meets all: the standard (Pillow
 images through torchvision's transforms, as the official code has them), our whole pipeline (`Loader`, then
 `TwoViews.finish`), and of it what reading processes do (`Loader` alone). Twice: of the photos as they are, and enlarged
-to 3 megapixels, as a camera makes them. It is the processor's time that counts. The standard has a process of its own:
-ours allocates memory as `pretrain` does on a CPU (`keep_freed_memory`), which would make the standard faster, too.
+to 3 megapixels, as a camera makes them. It is the processor's time that counts. The whole pipeline allocates memory as
+`pretrain` does on a CPU (`keep_freed_memory`). The other two have a process of their own, that does not: the standard,
+because it would be faster, and the host part, because it is what processes do that read beside a GPU.
 """
 
 import argparse
@@ -66,6 +67,19 @@ def standard(paths: list[str]) -> None:
             torch.stack(views)
 
 
+def pipeline(paths: list[str], batch: int) -> tuple[TwoViews, Loader]:
+    views = TwoViews(view_specs(ViewsConfig(recipe="v2", size=SIZE)), SIZE)
+    images = FileImages(tuple(paths), None, None)
+    cpu, batch = torch.device("cpu"), min(batch, len(paths))
+    return views, Loader(images, batch_size=batch, seed=0, device=cpu, workers=0, crop=views)
+
+
+def host(what: tuple[list[str], int, int]) -> None:
+    paths, batch, epoch = what
+    for _ in pipeline(paths, batch)[1].epoch(epoch):
+        pass
+
+
 def enlarge(paths: list[str], folder: Path) -> list[str]:
     enlarged = []
     for number, path in enumerate(paths):
@@ -86,15 +100,7 @@ def seconds(function: Callable[[Any], None], argument: Any) -> float:
 
 def measure(name: str, paths: list[str], batch: int, rounds: int, other: Pool) -> dict[str, object]:
     """Images a second and ratios, medians over rounds after one of warm-up."""
-    views = TwoViews(view_specs(ViewsConfig(recipe="v2", size=SIZE)), SIZE)
-    images = FileImages(tuple(paths), None, None)
-    loader = Loader(
-        images, batch_size=min(batch, len(paths)), seed=0, device=torch.device("cpu"), workers=0, crop=views
-    )
-
-    def host(epoch: int) -> None:
-        for _ in loader.epoch(epoch):
-            pass
+    views, loader = pipeline(paths, batch)
 
     def whole(epoch: int) -> None:
         for crops, ids in loader.epoch(epoch):
@@ -102,7 +108,8 @@ def measure(name: str, paths: list[str], batch: int, rounds: int, other: Pool) -
 
     found = []
     for number in range(rounds + 1):
-        found.append([other.apply(seconds, (standard, paths)), seconds(whole, number), seconds(host, number)])
+        theirs, ours = other.apply(seconds, (standard, paths)), seconds(whole, number)
+        found.append([theirs, ours, other.apply(seconds, (host, (paths, batch, number)))])
     theirs, ours, read = zip(*found[1:], strict=True)
     row = {
         f"{name}_standard_per_second": round(len(paths) / statistics.median(theirs), 1),

@@ -51,18 +51,21 @@ def _cell(values: list[float]) -> str:
 
 
 def step_line() -> str:
-    found = [row for row in rows("step") if row.get("ratio")]
-    if not found:
+    """The latest row of each processor."""
+    latest = {row["processor"]: row for row in rows("step") if row.get("ratio")}
+    if not latest:
         return ""
-    row = found[-1]
-    ours, outside = row["images_per_second"], row["outside_encoder_percent"]
-    theirs, version = row["lightly_images_per_second"], row["lightly"]
-    return (
-        f"**One training step** of a ResNet-18 with small-image stem, batch {row['batch']}, {row['threads']} threads, "
-        f"{row['processor']}: {ours} images/s, {outside} % of the time outside the encoders' forward and backward. "
-        f"The same step from lightly {version}'s building blocks, timed in turn: {theirs} images/s; ours is "
-        f"{row['ratio']} times as fast.\n"
+    said = [
+        f"{name}: {row['images_per_second']} images/s, {row['outside_encoder_percent']} % of the time outside the "
+        f"encoders' forward and backward, and {row['lightly_images_per_second']} images/s from lightly "
+        f"{row['lightly']}'s building blocks, timed in turn: {row['ratio']} times as fast."
+        for name, row in latest.items()
+    ]
+    row = next(iter(latest.values()))
+    start = (
+        f"**One training step** of a ResNet-18 with small-image stem, batch {row['batch']}, {row['threads']} threads. "
     )
+    return start + " ".join(said) + "\n"
 
 
 def block() -> str:

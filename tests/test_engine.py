@@ -1,10 +1,12 @@
 import os
 import socket
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric.accelerators import CUDAAccelerator
 
 from moco import engine
 from moco.config import EngineConfig
@@ -219,6 +221,14 @@ def test_srun_need_not_be_told_how_many_tasks_a_machine_has(monkeypatch: pytest.
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
     assert type(engine._environment(launched())).__name__ == "SLURMEnvironment"
     assert os.environ.pop("SLURM_NTASKS_PER_NODE") == "8"
+
+
+def test_a_notebook_trains_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CUDAAccelerator, "auto_device_count", staticmethod(lambda: 4))
+    assert processes(EngineConfig(accelerator="cuda")) == (4, 1)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    assert processes(EngineConfig(accelerator="cuda")) == (1, 1)
+    assert processes(EngineConfig(accelerator="cuda", devices=2)) == (2, 1)  # as asked for: Fabric says why it cannot
 
 
 def test_cores_are_shared_unless_slurm_gave_each_process_its_own() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 import moco.table as table_module
+from moco import dist
 from moco.checkpoint import save_encoder
 from moco.embed import embed_to
 from moco.encoder import ImageEncoder, build_backbone
@@ -259,6 +261,31 @@ def test_several_processes_write_the_table_of_one(
     assert files(out) == files(tmp_path / "one")
     monkeypatch.setenv("RANK", "1")
     assert len(embed_to(out, encoder(), photos, **settings)) == COUNT - len(BAD)
+
+
+def test_a_process_that_stopped_writing_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(table_module, "SAID_AFTER", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen, out, sleep = [], tmp_path / "emb", time.sleep
+
+    def waits(seconds: float) -> None:
+        seen.append(seconds)
+        if len(seen) == 3:  # the other still writes
+            (out / "share-00001-of-00002").mkdir()
+            (out / "share-00001-of-00002" / "vectors.npy").touch()
+            monkeypatch.setattr(table_module, "PATIENCE", 0.3)
+        sleep(0.1)
+
+    monkeypatch.setattr(table_module.time, "sleep", waits)
+    with caplog.at_level("INFO", logger="moco"), pytest.raises(RuntimeError, match="^no process has written to .*emb"):
+        embed_to(out, encoder(), noise(6), batch_size=2)
+    assert 5 <= len(seen) <= 9
+    assert "waiting for share-00001-of-00002, which other processes write" in caplog.text
+    monkeypatch.setattr(dist, "world_size", lambda: 3)
+    monkeypatch.setattr(dist, "rank", lambda: 2)
+    assert table_module.own_share() == (2, 3)  # in a script, after training
 
 
 def test_folders_that_are_no_shares_of_this_table_are_left_alone(

@@ -145,7 +145,8 @@ class EngineConfig(Section):
     accelerator: str = "auto"
     """`cpu`, `cuda`, `mps`, or any other accelerator that Lightning Fabric supports."""
     devices: Count | Literal["auto"] = "auto"
-    """Processes per node, one per device; `auto`: all devices, or 1 on CPU. Under torchrun or SLURM, set by them."""
+    """Processes per node, one per device; `auto`: all devices, but 1 on CPU and in a notebook. Under torchrun or SLURM,
+    set by them."""
     nodes: Count = 1
     """Number of machines. Under torchrun or SLURM, set by them."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"

@@ -5,6 +5,7 @@ import datetime
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,7 +132,9 @@ def processes(config: EngineConfig) -> tuple[int, int]:
     if config.devices != "auto":
         return config.devices, config.nodes
     name = "cuda" if config.accelerator == "gpu" else config.accelerator
-    return 1 if name == "cpu" else max(1, ACCELERATOR_REGISTRY.get(name).auto_device_count()), config.nodes
+    if name == "cpu" or hasattr(sys, "ps1"):  # a notebook cannot be started once more for each device
+        return 1, config.nodes
+    return max(1, ACCELERATOR_REGISTRY.get(name).auto_device_count()), config.nodes
 
 
 def threads_each(config: EngineConfig) -> int:

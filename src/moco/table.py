@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from typing import BinaryIO, NamedTuple, final
 
 import numpy as np
 
+from moco import dist
 from moco.launch import launched
 from moco.lock import is_ours
 from moco.run import disk_full_named, write_atomically
@@ -24,6 +26,8 @@ SYNC_EVERY = 5.0
 
 WAIT = 0.1
 """Seconds between checks whether the other processes have finished."""
+SAID_AFTER, PATIENCE = 10.0, 600.0
+"""Seconds of waiting after which it is said for what, and seconds without a new row after which it ends."""
 
 
 class Unreadable(NamedTuple):
@@ -158,6 +162,8 @@ def same_table(folder: Path, old: Meta, new: Meta) -> None:
 
 def own_share() -> tuple[int, int]:
     """Rank of this process and number of processes, from torchrun's `RANK` and `WORLD_SIZE`, or from SLURM."""
+    if dist.world_size() > 1:  # after training, in a script
+        return dist.rank(), dist.world_size()
     start = launched()
     if start.by == "slurm" and start.per_node and start.nodes:
         return start.rank, start.per_node * start.nodes
@@ -176,6 +182,7 @@ def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> 
 
     Raises:
         ValueError: `out` was begun with something else, or by a different number of processes.
+        RuntimeError: another process has stopped writing.
     """
     rank, world = own_share()
     if not _finished(out, meta):
@@ -195,15 +202,38 @@ def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> 
         ]
         if not _finished(folders[rank], parts[rank]):
             write(folders[rank], parts[rank])
-        while rank == 0 and not all(map(_finished, folders, parts)):
-            time.sleep(WAIT)
         if rank == 0:
+            _wait_for(list(zip(folders, parts, strict=True)), out)
             join(folders, out)
-        while not _finished(out, meta):
-            time.sleep(WAIT)
+        else:
+            _wait_for([(out, meta)], out)
     if rank == 0:
         _remove_shares(out, meta)
         _sweep(out)
+
+
+def _wait_for(tables: Sequence[tuple[Path, Meta]], out: Path) -> None:
+    """Wait until all are finished, but not for ever: whoever writes one may have died, or see another file system."""
+    began, said = time.time(), False
+    changed = began
+    while left := [folder.name for folder, meta in tables if not _finished(folder, meta)]:
+        if not said and time.time() - began > SAID_AFTER:
+            said = True
+            logging.getLogger("moco").info("waiting for %s, which other processes write", ", ".join(left))
+        if time.time() - changed > PATIENCE:
+            changed = max((_modified(file) for file in out.rglob("*")), default=0.0)
+        if time.time() - changed > PATIENCE:
+            raise RuntimeError(
+                f"no process has written to {out} for {PATIENCE / 60:g} minutes, and {', '.join(left)} is not "
+                "finished; start all processes again, with an --out that all machines see"
+            )
+        time.sleep(WAIT)
+
+
+def _modified(file: Path) -> float:
+    with suppress(OSError):  # joined and removed in the meantime
+        return file.stat().st_mtime
+    return 0.0
 
 
 def _remove_shares(out: Path, meta: Meta) -> None:

@@ -4,6 +4,7 @@ Floats are in [0, 1], uint8 in 0 to 255.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -124,7 +125,7 @@ def jitter_colour_(images: Batch, strength: Float[Tensor, "n 4"], order: Int64[T
     operations = [_brighten_, _contrast_, _saturate_, _shift_hue_]
     if images.shape[1] != 3:
         operations = operations[:2]
-    if images.device.type == "cpu" and images.shape[1:].numel() > LARGE:
+    if images.device.type == "cpu" and math.prod(images.shape[1:]) > LARGE:
         runs = order.unique_consecutive(dim=0, return_counts=True)[1].tolist()
         for part, factors, own in zip(images.split(runs), strength.split(runs), order.split(runs), strict=True):
             for number in own[0].tolist():
