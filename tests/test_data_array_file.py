@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,16 @@ def npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def npz(in_header: int, in_directory: int, value: int, method: int = zipfile.ZIP_STORED) -> bytes:
+    """An archive of one array with a wrong byte at these places of its header and of the directory."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        archive.writestr("x.npy", npy(noise(3, 8, 8)))
+    content = bytearray(file.getvalue())
+    content[in_header] = content[content.index(b"PK\1\2") + in_directory] = value
+    return bytes(content)
+
+
 class _Hostile:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.mkdir, ("hacked",)
@@ -199,6 +210,9 @@ def test_a_file_with_code_in_it_is_refused_and_not_run(
         ("x.npy", b"\x93NUMPY\x01\0", "'x.npy' cannot be read as an array ("),
         ("x.npz", b"PK\x03\x04 cut off", "'x.npz' cannot be read as arrays ("),
         ("x.npz", b"", "'x.npz' cannot be read as arrays ("),
+        ("x.npz", npz(6, 8, 1), "'x.npz' cannot be read as arrays (File 'x.npy' is encrypted, password required"),
+        ("x.npz", npz(8, 10, 99), "'x.npz' cannot be read as arrays (That compression method is not supported)"),
+        ("x.npz", npz(39, 5, 255, zipfile.ZIP_LZMA), "'x.npz' cannot be read as arrays (Invalid or unsupported"),
         ("x.npz", npy(noise(3, 8, 8)), "'x.npz' cannot be read as arrays (it is a single array, not an archive"),
         (
             "x.npz",
