@@ -191,6 +191,13 @@ def test_a_bad_list_is_one_clear_line(photos: Path, content: bytes, line: str) -
     assert line in refusal(photos / "list.csv")
 
 
+def test_who_only_counts_a_list_is_told_of_urls_too(photos: Path) -> None:
+    listed = write(photos / "list.csv", {"path": ["b.png", "https://here.org/e.png"]})
+    for count in (lambda: count_listed(listed), lambda: num_images(DataConfig(source=str(listed)))):
+        with pytest.raises(ValueError, match=r"names 'https://here\.org/e\.png'; expected files on this machine"):
+            count()
+
+
 @pytest.mark.parametrize(
     ("columns", "line"),
     [

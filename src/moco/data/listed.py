@@ -43,8 +43,6 @@ def load_list(path: Path, config: DataConfig) -> Splits:
     """
     table = _table(path)
     files = list(map(partial(os.path.join, os.path.dirname(os.path.abspath(path))), table.paths))
-    if elsewhere := next((each for each in table.paths if "://" in each), None):
-        raise ValueError(f"{str(path)!r} names {elsewhere!r}; expected files on this machine: download them first")
     budget, known, parts = config.memory * 2**30, None, []
     for name, chosen in _parts(path, table.splits):
         numbers = None
@@ -83,6 +81,8 @@ def _table(path: Path) -> _Table:
                 f"{str(path)!r} has no {name} in {len(missing)} of its {len(values)} rows, the first is row"
                 f" {missing[0]}; expected one in every row" + (", or no such column" if name != "path" else "")
             )
+    if elsewhere := next((each for each in table.paths if "://" in each), None):
+        raise ValueError(f"{str(path)!r} names {elsewhere!r}; expected files on this machine: download them first")
     return table
 
 
