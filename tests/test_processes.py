@@ -4,6 +4,7 @@ import importlib
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -290,6 +291,16 @@ def refused(folder: str, sections: dict[str, Any], numbers: list[int]) -> str:
     return "nothing"
 
 
+def one_other_picture(folder: str) -> str:
+    """The second rank has as many images, one of them inverted."""
+    images = list(IMAGES)
+    if dist.rank() == 1:
+        images[77] = (255 - images[77][0], images[77][1])
+    with pytest.raises(ValueError) as caught:
+        train(folder, {}, None, False, images)
+    return str(caught.value)
+
+
 def different_settings(folder: str) -> str:
     return refused(folder, {"seed": dist.rank(), "steps": 1}, [160, 160])
 
@@ -300,6 +311,9 @@ def test_what_two_processes_cannot_share_is_said_by_both(pair: Pair, tmp_path: P
     for line in pair(refused, str(folder), {}, [160, 150]):
         assert line.startswith("process 1 has different images from process 0 (150 of sha256 ")
         assert line.endswith("; give every process the same images")
+    for line in pair(one_other_picture, str(folder)):
+        ours, theirs = re.findall(r"160 of sha256 (\w{8})", line)
+        assert line.startswith("process 1 has different images from process 0 (160 of ") and ours != theirs
     for line in pair(different_settings, str(folder)):
         assert line.startswith("process 1 has different settings from process 0 (sha256 ")
     small = {"batch_size": 2, "model": {"queue_size": 8}}
