@@ -1,5 +1,9 @@
+import hashlib
 import logging
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import moco.data.cache
+import moco.lock
 from moco.config import DataConfig
 from moco.data import FileImages, Loader, load_data
 from moco.views import VIEWS, TwoViews
@@ -118,6 +123,90 @@ def test_a_cache_whose_making_was_stopped_goes_on(tmp_path, monkeypatch):
     assert sorted(Path(each).name for each in read) == [f"{i}.jpg" for i in range(4, 9)]
     assert all(torch.equal(got.decode(i), want.decode(i)) for i in range(9))
     assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+MAKER = """
+import errno, hashlib, sys
+from pathlib import Path
+import moco.lock
+from moco.config import DataConfig
+from moco.data import cache, load_data
+
+source, folder, locks = sys.argv[1:]
+made, make, flock = [], cache._make, moco.lock.fcntl.flock
+
+def without(*_):
+    raise OSError(errno.ENOTSUP, "Operation not supported")
+
+def counted(*given, **named):
+    made.append(given)
+    print("making", flush=True)
+    sys.stdin.readline()
+    return make(*given, **named)
+
+cache.CHUNK, cache._make = 2, counted
+moco.lock.fcntl.flock = flock if locks == "locks" else without
+config = DataConfig(source=source, cache=Path(folder), cache_side=64)
+print("ready", flush=True)
+sys.stdin.readline()
+train = load_data(config).train
+digest = hashlib.sha256(b"".join(train.decode(i).numpy().tobytes() for i in range(len(train))))
+print(len(made), digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such locks")
+@pytest.mark.parametrize("locks", ["locks", "no locks"])
+def test_of_two_processes_one_makes_the_cache_and_without_locks_each(locks, tmp_path):
+    folder, cache = photos(tmp_path / "in", 24), tmp_path / "cache"
+    command = [sys.executable, "-c", MAKER, folder, cache, locks]
+    both = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+
+    def says(process: subprocess.Popen[str], line: str) -> None:
+        assert process.stdout and process.stdout.readline() == f"{line}\n"
+
+    def go_on(process: subprocess.Popen[str]) -> None:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+    for each in both:
+        says(each, "ready")
+    go_on(both[0])
+    says(both[0], "making")
+    go_on(both[1])
+    if locks == "no locks":
+        says(both[1], "making")
+        go_on(both[1])
+    else:
+        time.sleep(0.5)  # in which the second comes to the lock; if it does not, only less is tested
+    go_on(both[0])
+    answers = [each.communicate(timeout=120) for each in both]
+    assert [each.returncode for each in both] == [0, 0], answers
+    counts, digests = zip(*(out.split() for out, _ in answers), strict=True)
+    assert counts == ("1", "0" if locks == "locks" else "1") and len(set(digests)) == 1
+    whole = load(folder, tmp_path / "alone")
+    pixels = b"".join(whole.decode(i).numpy().tobytes() for i in range(24))
+    assert digests[0] == hashlib.sha256(pixels).hexdigest()
+    (place,) = cache.iterdir()
+    assert sorted(path.suffix for path in place.iterdir()) == ["", ".pixels", ".rows"]
+
+
+def test_a_file_system_without_locks_is_said_and_what_was_left_of_other_files_goes(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(moco.lock, "fcntl", None)
+    folder, cache = photos(tmp_path / "in"), tmp_path / "cache"
+    third = load(folder, cache).decode(3)
+    assert "has no file locks" in caplog.text
+    (place,) = cache.iterdir()
+    (place / "0123.killed").mkdir()
+    (place / "0123.killed" / "0123.pixels.part").write_bytes(b"half")
+    Image.new("RGB", (80, 80)).save(folder / "7.png")
+    again = load(folder, cache)
+    assert torch.equal(again.decode(3), third) and len(again) == 7
+    assert sorted(path.suffix for path in place.iterdir()) == ["", ".pixels", ".rows"]
 
 
 def test_unreadable_files_are_left_out_named_and_remembered(tmp_path, caplog):

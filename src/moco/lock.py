@@ -1,15 +1,18 @@
-"""That one process alone writes a file, by a lock of the system's, which releases it when the process ends."""
+"""Locks keep a file, and what it stands for, to one process; the system ends a lock when its process ends.
+
+Windows has no such locks, and some file systems of clusters (Lustre, NFS) none either: there nobody is kept out.
+"""
 
 from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:
     fcntl = None
 
 
-def is_ours(file: BinaryIO) -> bool:
-    """Lock an open file until it is closed; false if another process holds it, true where there are no locks."""
+def take(file: BinaryIO) -> bool:
+    """Locks an open file until it is closed; false if another process holds it, true where there are no locks."""
     if fcntl is None:
         return True
     try:
@@ -18,4 +21,15 @@ def is_ours(file: BinaryIO) -> bool:
         return False
     except OSError:  # a file system without locks
         pass
+    return True
+
+
+def wait_for(file: BinaryIO) -> bool:
+    """Locks an open file until it is closed, once no other process holds it; false where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+        return False
     return True

@@ -16,7 +16,7 @@ import numpy as np
 
 from moco import dist
 from moco.launch import launched
-from moco.lock import is_ours
+from moco.lock import take
 from moco.run import disk_full_named, write_atomically
 from moco.vectors import FILES, HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta, shares
 
@@ -71,7 +71,7 @@ class Writer:
 
     def _go_on(self, folder: Path) -> None:
         """Cut off what was written after the last sync."""
-        if not is_ours(self._files[VECTORS]):
+        if not take(self._files[VECTORS]):
             raise ValueError(f"{folder} is being written by another process; wait for it, or give another --out")
         _sweep(folder)
         self.meta = read_meta(folder)

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,12 +23,8 @@ from torch import Tensor
 
 from moco.data.decode import BadImage, check_header, decode_shrunk
 from moco.data.members import facts_of
+from moco.lock import wait_for
 from moco.transforms import Box, shrink_of
-
-try:
-    import fcntl
-except ImportError:  # not on Windows; there two runs that make the same cache at once get in each other's way
-    fcntl = None
 
 VERSION = 1
 """Of the files and of what is done to the pixels; another number makes every cache anew."""
@@ -69,8 +66,8 @@ def cached(
 ) -> tuple[Cached, dict[int, BadImage]]:
     """The cache of these files, which is made, finished or made anew if it is not there as it should be.
 
-    It holds for the files' names, sizes and times of change. Several processes may ask at once: one makes it. Call
-    inside `quiet_pillow`.
+    It holds for the files' names, sizes and times of change. Several processes may ask at once: one makes it, or each,
+    where the file system has no locks. Call inside `quiet_pillow`.
 
     Args:
         paths: image files.
@@ -90,15 +87,15 @@ def cached(
     stem = place / _digest(paths)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with _alone(place / "lock"):
+        with _alone(place / "lock") as alone:
             rows, bad = _whole(stem, len(paths), channels), {}
             if rows is None:
-                bad = _make(paths, stem, side=side, channels=channels)
+                bad = (_make if alone else _make_apart)(paths, stem, side=side, channels=channels)
                 rows = _whole(stem, len(paths), channels)
                 _mapped.cache_clear()  # of this name there may have been another file
             for other in place.iterdir():
                 if other.name != "lock" and not other.name.startswith(stem.name):
-                    other.unlink()
+                    shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
     except OSError as error:
         hint = "it goes on from there once there is room" if error.errno == errno.ENOSPC else "choose another folder"
         raise ValueError(f"data.cache {str(place)!r} cannot be written ({error.strerror}); {hint}") from None
@@ -118,12 +115,10 @@ def _digest(paths: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _alone(file: Path) -> Generator[None]:
-    """Waits for other processes that make the same cache."""
+def _alone(file: Path) -> Generator[bool]:
+    """Waits for other processes that make the same cache; false where none of them can be kept out."""
     with file.open("wb") as lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield wait_for(lock)
 
 
 def _whole(stem: Path, count: int, channels: int) -> Int64[np.ndarray, "n 3"] | None:
@@ -175,6 +170,18 @@ def _make(paths: Sequence[str], stem: Path, *, side: int, channels: int) -> dict
     os.replace(part_pixels, f"{stem}.pixels")
     os.replace(part_rows, f"{stem}.rows")
     log.info("cached: %.1f GiB", end / 2**30)
+    return bad
+
+
+def _make_apart(paths: Sequence[str], stem: Path, *, side: int, channels: int) -> dict[int, BadImage]:
+    """As `_make` in a folder of its own, for others may be making the same; what is stopped here is begun anew."""
+    log = logging.getLogger("moco")
+    log.warning("%s has no file locks: processes that need this cache now each make it, one is kept", stem.parent)
+    with tempfile.TemporaryDirectory(prefix=f"{stem.name}.", dir=stem.parent) as own:
+        bad = _make(paths, Path(own, stem.name), side=side, channels=channels)
+        if _whole(stem, len(paths), channels) is None:  # what others may read from already stays
+            for kind in ("pixels", "rows"):
+                os.replace(Path(own, f"{stem.name}.{kind}"), f"{stem}.{kind}")
     return bad
 
 

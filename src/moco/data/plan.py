@@ -13,7 +13,7 @@ from moco.data.members import open_image
 from moco.data.remote import Unavailable
 from moco.data.shards import PLAN
 from moco.data.tar import BLOCK
-from moco.lock import is_ours
+from moco.lock import take
 
 
 class Item(NamedTuple):
@@ -89,7 +89,7 @@ def begin(out: Path, plans: dict[str, list[Shard]]) -> BinaryIO:
     out.mkdir(parents=True, exist_ok=True)
     file = there.open("a+b")
     try:
-        if not is_ours(file):
+        if not take(file):
             raise ValueError(f"{out} is being written by another `moco pack`; wait for it, or give a new folder")
         file.seek(0)
         before = file.read()
