@@ -81,6 +81,8 @@ def test_of_two_held_out_folders_the_one_with_labels_is_the_test_split(tmp_path)
     for name in ("train/a/1.png", "train/b/1.png", "val/a/2.png", "test/1.png"):
         write(tmp_path / name)
     assert names(load(tmp_path).test, tmp_path) == ["val/a/2.png"]
+    write(tmp_path / "validation" / "zebra" / "3.png")  # in nobody's way, for it is not looked at
+    assert names(load(tmp_path).test, tmp_path) == ["val/a/2.png"]
 
 
 def test_train_without_labels_and_train_alone_are_understood(tmp_path):

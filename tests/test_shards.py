@@ -6,14 +6,12 @@ import json
 import logging
 import multiprocessing
 import os
-import sys
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -30,7 +28,6 @@ from moco.data import (
     Loader,
     epoch_order,
     fingerprint,
-    hugging_face,
     load_data,
     members,
     resized,
@@ -729,45 +726,3 @@ def test_a_look_at_images_elsewhere_fetches_few_shards(tmp_path: Path, cache: Pa
     assert len(more) == 20  # as many as hold them
     assert some_of(images.select(range(64)), 10).paths == tuple(images.paths[i] for i in evenly(64, 10))
     assert len({path.partition(".tar/")[0] for path in some_of(load(tmp_path / "made").train, 50).paths}) > 30
-
-
-# Hugging Face
-
-
-def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"hf:somebody/photos needs the extra hf: pip install moco-ssl\[hf\]"):
-        load("hf:somebody/photos")
-
-
-@pytest.mark.parametrize("kind", ["a folder", "of the hub"])
-def test_a_row_names_no_file_outside_of_its_set(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "set").mkdir()
-    (tmp_path / "home" / "secret.png").write_bytes(png(1))
-    (tmp_path / "set" / "own.png").write_bytes(png(2))
-    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "home" / "secret.png")
-    named = ["set/own.png", "home/secret.png", "set/link.png", "set/../home/secret.png"]
-    rows = [{"image": {"bytes": None, "path": str(tmp_path / name)}} for name in named]
-    library = SimpleNamespace(config=SimpleNamespace(HF_DATASETS_CACHE=tmp_path / "set"))
-    monkeypatch.setitem(sys.modules, "datasets", library)
-    monkeypatch.setattr(hugging_face, "_images_of", lambda name, part: (rows, "image"))
-    name = f"hf:{tmp_path / 'set'}" if kind == "a folder" else "hf:somebody/photos"
-    assert read_image(f"{name}/train/0") == png(2)
-    for row in (1, 2, 3):
-        with pytest.raises(BadImage, match="the row names '.*png', a file outside of its set"):
-            FileImages((f"{name}/train/{row}",), None, None).decode(0)
-
-
-def test_a_hugging_face_set_is_read_row_by_row(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    kinds = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["ape", "bee"])}
-    pictures = [Image.open(io.BytesIO(png(level))) for level in range(4)]
-    rows = datasets.Dataset.from_dict({"picture": pictures, "kind": [0, 1, 0, 1]}, features=datasets.Features(kinds))
-    datasets.DatasetDict({"train": rows, "test": rows.select([2])}).save_to_disk(tmp_path / "set")
-    train, test = load(tmp_path / "set")
-    assert levels(files(train)) == [0, 1, 2, 3] and levels(files(test)) == [2]
-    assert train.labels.tolist() == [0, 1, 0, 1] and train.classes == ("ape", "bee")
-    assert load(f"hf:{tmp_path / 'set'}").train.paths == train.paths
-    with pytest.raises(ValueError, match="hf:.* cannot be loaded"):
-        load(f"hf:{tmp_path / 'nowhere'}")

@@ -22,7 +22,11 @@ from moco.data.index import SUFFIXES
 from moco.transforms import Box, crop_resize, shrink_of, shrunk_box
 
 HELD_OUT = ("test", "val", "valid", "validation")
-"""Names of the part that is kept for evaluation, of every kind of source; the first that is there is taken."""
+"""Names of the part that is kept for evaluation, of every kind of source, in the order in which they are looked for.
+
+Where there are several, the first is taken; of folders and Hugging Face sets, which may lack labels in some, the first
+with labels.
+"""
 SMALL_SIDE = 64
 """Images of one size up to this many pixels a side are decoded once and held, if `data.memory` allows."""
 NUM_CHECKED = 100_000
@@ -152,12 +156,22 @@ def load_folder(folder: Path, config: DataConfig) -> Splits:
         return Splits(_read(_list(folder), folder, config, config.memory * 2**30), None)
     train_listing = _list(folder / "train")
     train = _read(train_listing, folder / "train", config, config.memory * 2**30)
-    listings = [(name, _list(folder / name, train.classes)) for name in held_out]
-    if not listings:
+    found = first_labelled((name, _list(folder / name, train.classes)) for name in held_out)
+    if found is None:
         return Splits(train, None)
-    name, listing = next((pair for pair in listings if pair[1].labels is not None), listings[0])
+    name, listing = found
     used = train.images.nbytes if isinstance(train, ArrayImages) else 0
     return Splits(train, _read(listing, folder / name, config, config.memory * 2**30 - used))
+
+
+def first_labelled(parts: Iterable[tuple[str, _Listing]]) -> tuple[str, _Listing] | None:
+    """The first part with labels, after which no more are looked at; the first of all where none has any."""
+    first = None
+    for part in parts:
+        if part[1].labels is not None:
+            return part
+        first = first or part
+    return first
 
 
 def _list(folder: Path, known: tuple[str, ...] | None = None) -> _Listing:

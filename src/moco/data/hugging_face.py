@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moco.config import DataConfig
-from moco.data.folder import HELD_OUT, FileImages, Splits
+from moco.data.folder import HELD_OUT, FileImages, Splits, _Listing, first_labelled
 from moco.data.members import HUGGING_FACE, read_image
 
 
@@ -32,10 +32,11 @@ def load_hugging_face(source: str, config: DataConfig) -> Splits:
     name = str(Path(source).expanduser()) if not source.startswith(HUGGING_FACE) else source[len(HUGGING_FACE) :]
     parts = _parts(name)
     train = "train" if "train" in parts else next(iter(parts))
-    held_out = [_images(name, part, config) for part in HELD_OUT if part in parts and part != train]
-    # As of a folder the first with labels: many sets keep those of the test part to themselves.
-    test = next((images for images in held_out if images.labels is not None), next(iter(held_out), None))
-    return Splits(_images(name, train, config), test)
+    kind = _library(name).Image
+    others = (part for part in HELD_OUT if part in parts and part != train and _column(parts[part], kind) is not None)
+    # Many sets keep the labels of their test part to themselves.
+    test = first_labelled((part, _listing(name, part)) for part in others)
+    return Splits(_images(_listing(name, train), config), None if test is None else _images(test[1], config))
 
 
 def read_row(path: str) -> bytes:
@@ -72,24 +73,36 @@ def _own(name: str, file: str, path: str) -> str:
     return str(whole)
 
 
-def _images(name: str, part: str, config: DataConfig) -> FileImages:
-    (rows, _), library = _images_of(name, part), _library(name)
-    paths = tuple(f"{HUGGING_FACE}{name}/{part}/{row}" for row in range(len(rows)))
-    column = next((key for key, feature in rows.features.items() if isinstance(feature, library.ClassLabel)), None)
-    labels = None if column is None else torch.tensor(rows.with_format("numpy")[column][:], dtype=torch.int64)
-    if column is None or labels is None or (labels < 0).any():  # -1 where a set keeps its labels to itself
-        return FileImages(paths, None, None, (), config.channels)
-    return FileImages(paths, labels, tuple(rows.features[column].names), (), config.channels)
+def _listing(name: str, part: str) -> _Listing:
+    """Paths of all rows of a part, and their labels if each has one."""
+    rows, _ = _images_of(name, part)
+    paths = [f"{HUGGING_FACE}{name}/{part}/{row}" for row in range(len(rows))]
+    column = _column(rows, _library(name).ClassLabel)
+    labels = [] if column is None else rows[column][:]
+    if column is None or any(label is None or label < 0 for label in labels):  # -1 where a set keeps them to itself
+        return _Listing(paths, None, None)
+    return _Listing(paths, labels, tuple(rows.features[column].names))
+
+
+def _images(listing: _Listing, config: DataConfig) -> FileImages:
+    labels = None if listing.labels is None else torch.tensor(listing.labels, dtype=torch.int64)
+    return FileImages(tuple(listing.paths), labels, listing.classes, (), config.channels)
+
+
+def _column(rows: Any, kind: type) -> str | None:
+    """Name of the first column of a kind."""
+    return next((name for name, feature in rows.features.items() if isinstance(feature, kind)), None)
 
 
 @lru_cache(maxsize=64)
 def _images_of(name: str, part: str) -> tuple[Any, str]:
     """Rows of a part with images as their files, and the column of these."""
     library, rows = _library(name), _parts(name)[part]
-    column = next((key for key, feature in rows.features.items() if isinstance(feature, library.Image)), None)
+    column = _column(rows, library.Image)
     if column is None:
         raise ValueError(f"hf:{name} has no column of images, it has {', '.join(rows.features)}")
-    return rows.cast_column(column, library.Image(decode=False)), column
+    # Plain rows: a set may have been saved as one that gives tensors.
+    return rows.with_format(None).cast_column(column, library.Image(decode=False)), column
 
 
 @lru_cache(maxsize=16)
