@@ -16,8 +16,9 @@ from PIL import Image
 import moco.data.cache
 import moco.lock
 from moco.config import DataConfig
-from moco.data import FileImages, Loader, load_data
+from moco.data import ArrayImages, FileImages, Loader, load_data
 from moco.views import VIEWS, TwoViews
+from small import write_stl10
 
 
 def photos(folder: Path, count: int = 6) -> Path:
@@ -222,6 +223,65 @@ def test_unreadable_files_are_left_out_named_and_remembered(tmp_path, caplog):
         assert min(train.decode(2).shape[1:]) == 64
     with pytest.raises(ValueError, match="2 of 6 files cannot be read"):
         load(folder, tmp_path / "cache", max_bad=0.1)
+
+
+def small_folder(folder: Path) -> str:
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (i, i, i)).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def array_file(path: Path) -> str:
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    if path.suffix == ".npy":
+        np.save(path, pixels)
+    elif path.suffix == ".npz":
+        np.savez(path, images=pixels)
+    else:
+        torch.save(torch.from_numpy(pixels).movedim(-1, 1), path)
+    return str(path)
+
+
+def stl10_folder(folder: Path) -> str:
+    write_stl10(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("memory", [2.0, 1e-9])
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda folder: "digits",
+        lambda folder: small_folder(folder / "small"),
+        lambda folder: array_file(folder / "x.npy"),
+        lambda folder: array_file(folder / "x.npz"),
+        lambda folder: array_file(folder / "x.pt"),
+        lambda folder: stl10_folder(folder / "stl10_binary"),
+    ],
+    ids=["digits", "small folder", "npy", "npz", "pt", "stl10"],
+)
+def test_who_asks_for_a_cache_of_what_needs_none_is_told_so_once(source, memory, tmp_path, caplog):
+    name = source(tmp_path)
+    config = DataConfig(source=name, cache=tmp_path / "cache", memory=memory)
+    with caplog.at_level(logging.WARNING, "moco"):
+        train = load_data(config).train
+    told = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
+    if name.endswith("small") and memory < 1:  # too large to be held: read from the cache
+        assert isinstance(train, FileImages) and train.cache is not None and not told
+        return
+    held = "held in memory" if isinstance(train, ArrayImages) else "rows of an array"
+    assert told == [
+        f"data.cache {tmp_path / 'cache'} is not used: the images are {held}, so there is nothing to decode"
+    ]
+    assert held == ("rows of an array" if memory < 1 and name.endswith(("npy", "binary")) else "held in memory")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_of_a_cache_that_is_used_or_was_not_asked_for_nothing_is_said(tmp_path, caplog):
+    load(photos(tmp_path / "in"), tmp_path / "cache")
+    load_data(DataConfig(source="digits"))
+    assert "not used" not in caplog.text
 
 
 class Usage(NamedTuple):

@@ -1,6 +1,7 @@
 """Image sets of the Hugging Face hub, and folders that its library wrote."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from moco.config import DataConfig
-from moco.data import BadImage, FileImages, Loader, hugging_face, load_data
+from moco.data import ArrayImages, BadImage, FileImages, Loader, hugging_face, load_data
 from moco.data.members import read_image
 from moco.pack import pack
 
@@ -92,10 +93,10 @@ def test_rows_saved_as_tensors_are_read_as_others(tmp_path: Path) -> None:
 def test_the_first_held_out_part_with_pictures_and_labels_is_taken_and_no_further_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    datasets, opened, real = pytest.importorskip("datasets"), [], hugging_face._images_of
+    datasets, opened, real = pytest.importorskip("datasets"), [], hugging_face._listing
     texts = datasets.Dataset.from_dict({"text": ["a", "b"]})
     hidden, train = rows_of([1], [-1]), rows_of([0, 5], [0, 1])
-    monkeypatch.setattr(hugging_face, "_images_of", lambda name, part: (opened.append(part), real(name, part))[1])
+    monkeypatch.setattr(hugging_face, "_listing", lambda name, part: (opened.append(part), real(name, part))[1])
     parts = {"train": train, "test": hidden, "val": texts, "valid": rows_of([2], [1]), "validation": rows_of([3], [0])}
     test = load(saved(tmp_path / "all", **parts)).test
     assert levels(test) == [2] and test.labels.tolist() == [1] and "validation" not in opened
@@ -139,3 +140,76 @@ def test_a_hugging_face_set_is_packed_and_reading_processes_deal_it_out(tmp_path
         for batch, ids in loader.epoch(0):
             seen |= dict(zip(ids.tolist(), batch[:, 0, 0, 0, 0].tolist(), strict=True))
         assert seen == {i: i for i in range(12)} and not loader.bad
+
+
+def test_small_pictures_of_a_set_are_held_within_the_budget_for_both_parts(tmp_path: Path) -> None:
+    rows = rows_of([3, 4, 5, 6], [0, 1, 0, 1], side=16)
+    source, held = saved(tmp_path / "set", train=rows, test=rows), 4 * 3 * 16 * 16 / 2**30
+    for memory, kinds in (
+        (2 * held, (ArrayImages, ArrayImages)),
+        (1.5 * held, (ArrayImages, FileImages)),
+        (0.5 * held, (FileImages, FileImages)),
+    ):
+        for part, kind in zip(load(source, memory=memory), kinds, strict=True):
+            assert isinstance(part, kind) and part.labels.tolist() == [0, 1, 0, 1] and part.classes == ("ape", "bee")
+            assert [int(part.decode(i)[0, 0, 0]) for i in range(4)] == [3, 4, 5, 6]
+
+
+def test_rows_that_hold_no_picture_are_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = [{"bytes": each, "path": None} for each in (png(1), b"<html>", png(3))]
+    features = datasets.Features({"picture": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"picture": [*pictures, None]}, features=features)
+    train = load(saved(tmp_path / "set", train=rows), max_bad=0.5).train
+    assert levels(train) == [1, 3] and [path[-1] for path in train.skipped] == ["1", "3"]
+    assert "set/train/1' cannot be read" in caplog.text and "the row holds no image" in caplog.text
+    with pytest.raises(ValueError, match="2 of 4 files cannot be read"):
+        load(tmp_path / "set")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: rows.select([]))
+    with pytest.raises(ValueError, match="hf:somebody/nothing has no rows in its part train"):
+        load("hf:somebody/nothing")
+
+
+def test_a_cache_of_a_set_is_made_once_and_anew_when_the_set_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, settings = tmp_path / "set", {"cache": tmp_path / "cache", "cache_side": 50}
+    saved(source, train=rows_of([1, 2], [0, 1]), test=rows_of([3], [1]))
+    for part, expected in zip(load(source, **settings), ([1, 2], [3]), strict=True):
+        assert part.cache is not None and part.decode(0).shape == (3, 50, 50) and levels(part) == expected
+    with monkeypatch.context() as patched:
+        patched.setattr("moco.data.cache.decode_shrunk", lambda *_: pytest.fail("decoded again"))
+        train = load(source, **settings).train
+        patched.setattr(hugging_face, "_images_of", lambda *_: pytest.fail("a row was read"))
+        loader = Loader(train, batch_size=2, seed=0, device=torch.device("cpu"), workers=0, crop=crop)
+        (batch, ids), *_ = loader.epoch(0)
+        assert batch[:, 0, 0, 0, 0].tolist() == [i + 1 for i in ids.tolist()]
+    shutil.rmtree(source)
+    saved(source, train=rows_of([8, 9], [0, 1]), test=rows_of([3], [1]))  # the same rows, by their names
+    train, test = load(source, **settings)
+    assert levels(train) == [8, 9] and train.cache is not None and levels(test) == [3]
+    assert len(list((tmp_path / "cache").glob("*/*.pixels"))) == 2
+
+
+def test_a_cache_of_a_set_of_the_hub_is_found_from_any_folder_and_knows_the_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets, hub = pytest.importorskip("datasets"), {"train": rows_of([1, 2])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(hub))
+
+    def again(folder: Path) -> list[int]:
+        """As another process would, somewhere."""
+        for known in (hugging_face._parts, hugging_face._images_of, hugging_face._facts):
+            known.cache_clear()
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        return levels(load("hf:somebody/numbers", cache=tmp_path / "cache").train)
+
+    assert again(tmp_path / "a") == [1, 2]
+    (pixels,) = (tmp_path / "cache").glob("*/*.pixels")
+    made = pixels.stat().st_mtime_ns
+    assert again(tmp_path / "b") == [1, 2] and pixels.stat().st_mtime_ns == made
+    hub["train"] = rows_of([6, 7])
+    assert again(tmp_path / "c") == [6, 7] and not pixels.exists()

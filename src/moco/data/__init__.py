@@ -1,6 +1,7 @@
 """Images in, from a name or a folder: `load_data` finds them, `Loader` deals them out."""
 
 import difflib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,18 @@ def load_data(config: DataConfig) -> Splits:
     Raises:
         ValueError: neither a known name nor a folder, no images in it, or too many that cannot be read.
     """
+    splits = _load(config)
+    if config.cache and not any(isinstance(part, FileImages) and part.cache for part in splits):
+        held = isinstance(splits.train, ArrayImages)
+        logging.getLogger("moco").warning(
+            "data.cache %s is not used: the images are %s, so there is nothing to decode",
+            config.cache,
+            "held in memory" if held else "rows of an array",
+        )
+    return splits
+
+
+def _load(config: DataConfig) -> Splits:
     if config.source == GIVEN:
         raise ValueError("this run's images were handed over by a program; hand them over again with data=...")
     if is_array_file(config.source):

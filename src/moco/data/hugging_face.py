@@ -4,16 +4,17 @@ A row is read by its path, `hf:NAME/PART/ROW`, and decoded by us like any file.
 """
 
 import errno
+import hashlib
 import importlib
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moco.config import DataConfig
-from moco.data.folder import HELD_OUT, FileImages, Splits, _Listing, first_labelled
-from moco.data.members import HUGGING_FACE, read_image
+from moco.data.arrays import ArrayImages
+from moco.data.folder import HELD_OUT, Splits, _Listing, _read, first_labelled
+from moco.data.members import HUGGING_FACE, facts_of, read_image
 
 
 def is_hugging_face(source: str) -> bool:
@@ -27,16 +28,22 @@ def load_hugging_face(source: str, config: DataConfig) -> Splits:
     """Images of the first column of images, labels of the first column of classes.
 
     Raises:
-        ValueError: the extra is not installed, there is no such set, or it has no images.
+        ValueError: the extra is not installed, there is no such set, or it has no images or too many that cannot be
+            read.
     """
     name = str(Path(source).expanduser()) if not source.startswith(HUGGING_FACE) else source[len(HUGGING_FACE) :]
+    if Path(name).is_dir():  # it may have been written anew
+        for known in (_parts, _images_of, _facts):
+            known.cache_clear()
     parts = _parts(name)
     train = "train" if "train" in parts else next(iter(parts))
-    kind = _library(name).Image
+    kind, budget = _library(name).Image, config.memory * 2**30
+    images = _read(_listing(name, train), _place(name, train), config, budget)
+    budget -= images.images.nbytes if isinstance(images, ArrayImages) else 0
     others = (part for part in HELD_OUT if part in parts and part != train and _column(parts[part], kind) is not None)
     # Many sets keep the labels of their test part to themselves.
     test = first_labelled((part, _listing(name, part)) for part in others)
-    return Splits(_images(_listing(name, train), config), None if test is None else _images(test[1], config))
+    return Splits(images, None if test is None else _read(test[1], _place(name, test[0]), config, budget))
 
 
 def read_row(path: str) -> bytes:
@@ -76,6 +83,8 @@ def _own(name: str, file: str, path: str) -> str:
 def _listing(name: str, part: str) -> _Listing:
     """Paths of all rows of a part, and their labels if each has one."""
     rows, _ = _images_of(name, part)
+    if not len(rows):
+        raise ValueError(f"hf:{name} has no rows in its part {part}; expected one for each image")
     paths = [f"{HUGGING_FACE}{name}/{part}/{row}" for row in range(len(rows))]
     column = _column(rows, _library(name).ClassLabel)
     labels = [] if column is None else rows[column][:]
@@ -84,9 +93,23 @@ def _listing(name: str, part: str) -> _Listing:
     return _Listing(paths, labels, tuple(rows.features[column].names))
 
 
-def _images(listing: _Listing, config: DataConfig) -> FileImages:
-    labels = None if listing.labels is None else torch.tensor(listing.labels, dtype=torch.int64)
-    return FileImages(tuple(listing.paths), labels, listing.classes, (), config.channels)
+def _place(name: str, part: str) -> Path:
+    """What a cache of this part is told from others by: the folder, or the name on the hub, wherever this runs."""
+    return Path(name, part) if Path(name).is_dir() else Path(os.sep, HUGGING_FACE + name, part)
+
+
+def facts_of_row(path: str) -> str:
+    """What changes when the set that `hf:NAME/PART/ROW` is in does; errors as `load_hugging_face`."""
+    name, part, _ = path.removeprefix(HUGGING_FACE).rsplit("/", 2)
+    return _facts(name, part)
+
+
+@lru_cache(maxsize=64)
+def _facts(name: str, part: str) -> str:
+    """Digest of the library's own fingerprint, and of size and time of change of the files that the rows lie in."""
+    rows = _parts(name)[part]
+    files = sorted(each["filename"] for each in rows.cache_files)
+    return hashlib.sha256("\0".join([rows._fingerprint, *map(facts_of, files)]).encode()).hexdigest()
 
 
 def _column(rows: Any, kind: type) -> str | None:

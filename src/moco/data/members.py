@@ -74,7 +74,11 @@ def read_image(path: str) -> bytes:
 
 
 def facts_of(path: str) -> str:
-    """Size and time of change of an image's file, or of the tar that holds it; empty of what is not there."""
+    """Size and time of change of an image's file, or of the tar or set that holds it; empty of what is not there."""
+    if path.startswith(HUGGING_FACE):
+        from moco.data.hugging_face import facts_of_row
+
+        return facts_of_row(path)
     try:
         status = os.stat(path)
         return f"{status.st_size},{status.st_mtime_ns}"
