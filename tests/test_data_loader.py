@@ -329,6 +329,28 @@ def test_resizing_is_torchvisions_resize_and_centre_crop(shape, size, tmp_path):
         assert (got.int() - expected.int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_of_one_row_or_column_is_cropped_as_any_other(workers, tmp_path):
+    for name, size in (("wide", (30_000, 1)), ("tall", (1, 30_000)), ("photo", (90, 80)), ("strip", (30_000, 12))):
+        Image.linear_gradient("L").resize(size).save(tmp_path / f"{name}.png")
+    images = load_data(DataConfig(source=str(tmp_path))).train
+    views = TwoViews(view_specs(ViewsConfig(recipe="v2", size=32)), 32)
+    for batch, ids in loader(images, workers=workers, crop=views).epoch(0):
+        assert batch.shape == (4, 2, 3, 32, 32) and sorted(ids.tolist()) == [0, 1, 2, 3]
+        for crops, id in zip(batch, ids.tolist(), strict=True):
+            assert torch.equal(crops, views.crop(images.decode(id), id, 0))
+
+
+@pytest.mark.parametrize("size", [(2_000, 1), (1, 2_000), (2_000, 12), (3, 999)])
+def test_strips_are_resized_as_torchvision_would(size, tmp_path):
+    Image.effect_noise(size, 90).convert("RGB").save(tmp_path / "a.png")
+    files, pixels = FileImages((str(tmp_path / "a.png"),), None, None), np.asarray(Image.open(tmp_path / "a.png"))
+    images = torch.from_numpy(pixels.copy()).movedim(-1, 0)[None].contiguous()
+    expected = tv.center_crop(tv.resize(images, [16], antialias=True), [16, 16])
+    for each in (files, ArrayImages(images, None, None, ("a",))):
+        assert (resized(each, [0], size=16).int() - expected.int()).abs().max() <= 1
+
+
 def test_an_unreadable_file_is_black_and_named_when_resizing(tmp_path, caplog):
     images = files(tmp_path, 3, broken=(1,))
     with caplog.at_level(logging.WARNING, logger="moco"):

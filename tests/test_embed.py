@@ -1,8 +1,10 @@
 import copy
 import errno
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -368,3 +370,44 @@ def test_a_fingerprint_is_of_weights_and_description(tmp_path):
 def test_in_memory_embeddings_carry_their_encoder():
     encoder = make_encoder()
     assert embed(encoder, noise(2, 3, 16, 16)).encoder is encoder
+
+
+LITTLE_ROOM = """
+import pathlib, resource, sys
+import torch
+from PIL import Image
+import moco
+from moco.encoder import ImageEncoder
+
+class Mean(torch.nn.Module):
+    num_features = 3
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return self.scale * images.mean(dim=(2, 3))
+
+torch.set_num_threads(1)
+encoder = ImageEncoder(
+    Mean(), name="own", stem="small", channels=3, mean=(0.0,) * 3, std=(1.0,) * 3, input_size=224
+).eval()
+used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
+table = moco.embed(encoder, sys.argv[1], precision="fp32")
+found = moco.search(table, [Image.open(path) for path in table.paths], k=1, encoder=encoder)
+print(*(pathlib.Path(path).stem for (path,) in found.paths))
+print(*(round(255 * float(value)) for value in table.vectors[:, 0]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux, which says and limits what is used")
+def test_images_30000_pixels_long_are_embedded_and_searched_in_a_gigabyte(tmp_path):
+    """Resized as a whole, each would take 4.5."""
+    for number, size in enumerate(((30_000, 1), (1, 30_000), (30_000, 3))):
+        Image.new("RGB", size, (40 * number, 90, 9)).save(tmp_path / f"{number}.png")
+    command = [sys.executable, "-c", LITTLE_ROOM, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["0 1 2", "0 40 80"]

@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageFilter
 
 import moco
+from moco import transforms
 from moco.transforms import (
     centred,
     crop_resize_flip,
@@ -190,6 +192,51 @@ def test_centred_equals_torchvisions_resize_and_centre_crop_with_pillow(height, 
         picture = tv.center_crop(tv.resize(tv.to_pil_image(image), [size]), [size, size])
         want = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         assert (result.int() - want.int()).abs().max() <= 1
+
+
+def resized_as_a_whole(images, size):
+    height, width = images.shape[2:]
+    new = [size * side // min(height, width) for side in (height, width)]
+    return tv.center_crop(F.interpolate(images, size=new, mode="bilinear", antialias=True), [size, size])
+
+
+@pytest.mark.parametrize("height, width", [(48, 64), (67, 48), (500, 375), (5, 80), (80, 5), (7, 111), (33, 33)])
+def test_centred_resizes_all_but_strips_as_a_whole_to_the_bit(height, width):
+    images = noise(2, 3, height, width)
+    for size in (24, 33):
+        assert torch.equal(centred(images, size), resized_as_a_whole(images, size))
+
+
+@pytest.mark.parametrize(
+    "short, long", [(1, 17), (1, 600), (2, 301), (3, 130), (5, 81), (7, 1200), (11, 202), (40, 2547), (100, 1777)]
+)
+@pytest.mark.parametrize("size", [1, 15, 16, 24, 33, 64])
+@pytest.mark.parametrize("layout", ["channels together", "channels apart"])
+def test_of_a_strip_the_centre_is_that_of_the_whole_to_a_level(short, long, size, layout):
+    """Black and white noise, in which a pixel's shift would be 255 levels and a twentieth of one a dozen."""
+    for height, width in ((short, long), (long, short)):
+        images = 255 * noise(2, height, width, 3).div(128, rounding_mode="floor").movedim(-1, 1)
+        images = images.contiguous() if layout == "channels apart" else images
+        got, want = centred(images, size), resized_as_a_whole(images, size)
+        assert got.shape == want.shape == (2, 3, size, size)
+        difference = (got.int() - want.int()).abs()
+        assert difference.max() <= 1 and difference.float().mean() < 0.3
+
+
+def test_of_a_strip_little_more_than_its_centre_is_resized(monkeypatch):
+    """Whole, one of 30,000 x 1 pixels would become one of 6,720,000 x 224."""
+    sizes, real = [], transforms._resampling
+
+    def resampling(start, length, flip, size, full):
+        sizes.append(size * full)
+        return real(start, length, flip, size, full)
+
+    monkeypatch.setattr(transforms, "_resampling", resampling)
+    monkeypatch.setattr(transforms.F, "interpolate", lambda *_, **__: pytest.fail("the whole is resized"))
+    for height, width in ((1, 30_000), (30_000, 1), (30, 30_000), (80_000, 1000)):
+        sizes.clear()
+        assert centred(noise(1, 3, height, width), 224).shape == (1, 3, 224, 224)
+        assert len(sizes) == 2 and sum(sizes) < 8 * 224 * max(224, min(height, width))
 
 
 def test_centred_returns_images_of_the_right_size_as_they_are():

@@ -19,6 +19,8 @@ Batch = Float[Tensor, "n c h w"]
 PerImage = Float[Tensor, " n"]
 LARGE = 50_000
 """Numbers of an image from which all that is done to its colours is best done while it is in a CPU's cache."""
+STRIP = 16
+"""How many times the short side the long one has to be before what lies outside the centre is not resized at all."""
 
 
 def _resampling(start: PerImage, length: PerImage, flip: Tensor, size: int, full: int) -> Float[Tensor, "n s f"]:
@@ -188,12 +190,44 @@ def centred(images: UInt8[Tensor, "n c h w"], size: int) -> UInt8[Tensor, "n c s
         return images
     short = min(height, width)
     new = (size * height // short, size * width // short)
+    top, left = round((new[0] - size) / 2), round((new[1] - size) / 2)  # halves to even, as torchvision's CenterCrop
+    if max(height, width) > STRIP * short:
+        return _centre_of_strip(images, size, max(new), max(top, left))
     # Only the CPU resizes whole numbers; there it is three times as fast and rounds as Pillow does.
     pixels = images if images.device.type == "cpu" else images.float()
     pixels = F.interpolate(pixels, size=new, mode="bilinear", antialias=True)
-    top, left = round((new[0] - size) / 2), round((new[1] - size) / 2)  # halves to even, as torchvision's CenterCrop
     pixels = pixels[:, :, top : top + size, left : left + size]
-    return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
+    return pixels if pixels.dtype == torch.uint8 else _to_uint8(pixels)
+
+
+def _centre_of_strip(images: UInt8[Tensor, "n c h w"], size: int, new: int, start: int) -> UInt8[Tensor, "n c s s"]:
+    """As `centred`, give or take a level; resized as a whole, 30,000 x 1 pixels would take gigabytes.
+
+    Args:
+        images: one side of which is much longer than the other.
+        size: of the result.
+        new: pixels that the whole long side would get.
+        start: of these, the first in the result.
+    """
+    height, width = images.shape[2:]
+    full, short, is_tall = max(height, width), min(height, width), height > width
+    scale = full / new
+    margin = math.ceil(max(1.0, 1 / scale)) + 1  # so far does the filter reach, and no border is within it
+    count, begin = size + 2 * margin, (start - margin) * scale
+    first, last = math.floor(begin), math.ceil(begin + count * scale)
+    part = images.narrow(2 if is_tall else 3, first, last - first).float()
+    along = _resampling_of_one(begin - first, count * scale, count, last - first)[margin:-margin].to(images.device)
+    across = _resampling_of_one(0, short, size, short).to(images.device)
+    return _to_uint8(along @ part @ across.mT if is_tall else across @ part @ along.mT)
+
+
+def _resampling_of_one(start: float, length: float, size: int, full: int) -> Float[Tensor, "s f"]:
+    begin, extent = torch.tensor([start, length], dtype=torch.float32).split(1)
+    return _resampling(begin, extent, torch.tensor([False]), size, full)[0]
+
+
+def _to_uint8(pixels: Batch) -> UInt8[Tensor, "n c h w"]:
+    return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=64)
