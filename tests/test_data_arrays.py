@@ -1,5 +1,7 @@
 import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +162,7 @@ def test_cifar_that_can_not_be_downloaded_is_one_clear_line(tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"cifar100 is neither in.*no route to host.*cifar-100-python") as caught:
         load(source="cifar100")
     assert "\n" not in str(caught.value)
-    assert list((tmp_path / ".cache" / "moco").iterdir()) == []
+    assert list((tmp_path / ".cache" / "moco").glob("[!.]*")) == []
 
 
 def test_a_downloaded_cifar_is_kept_and_read(tmp_path, monkeypatch):
@@ -172,7 +174,26 @@ def test_a_downloaded_cifar_is_kept_and_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MOCO_DATA", raising=False)
     assert len(load(source="cifar10").train) == 20
-    assert [path.name for path in (tmp_path / ".cache" / "moco").iterdir()] == ["cifar-10-batches-py"]
+    assert [path.name for path in (tmp_path / ".cache" / "moco").glob("[!.]*")] == ["cifar-10-batches-py"]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_that_want_cifar_at_once_wait_for_one_that_downloads_it(locks, tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, root, filename, md5):
+        asked.append(root)
+        time.sleep(0.2)
+        write_cifar10(Path(root))
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", download)
+    if not locks:
+        monkeypatch.setattr("moco.lock.fcntl", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MOCO_DATA", raising=False)
+    with ThreadPoolExecutor() as pool:  # each opens the lock's file, as processes do
+        assert [len(each.train) for each in pool.map(lambda _: load(source="cifar10"), range(4))] == [20] * 4
+    assert len(asked) == 1 if locks else len(asked) > 1
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_closest():

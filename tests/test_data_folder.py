@@ -40,6 +40,15 @@ def read_back(tmp_path: Path, image: Image.Image, name: str, channels: int = 3, 
 # Layouts
 
 
+@pytest.mark.parametrize("side", [8, 80])
+def test_that_16_bits_become_8_is_said_once(side, tmp_path, caplog):
+    for number in range(3):
+        Image.fromarray(np.full((side, side), 4095, np.uint16)).save(tmp_path / f"{number}.png")
+    load(tmp_path)
+    (line,) = caplog.messages
+    assert line.startswith(repr(str(tmp_path / "0.png"))) and "scans of 12 bits" in line
+
+
 def test_class_subfolders_are_labels_in_sorted_order(tmp_path):
     for name in ("dog/2.png", "dog/deep/1.PNG", "cat/9.jpeg", "empty/readme.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,8 @@ from moco.auto import auto_config
 from moco.cli import main
 from moco.config import DataConfig, merge
 from moco.data import ArrayImages, FileImages, load_data
-from moco.data.folder import HELD_OUT
 from moco.data.listed import count_listed
+from moco.data.listing import HELD_OUT
 from moco.doctor import num_images
 from moco.embed import embed_to
 from small import TINY
@@ -247,7 +247,7 @@ def test_a_long_list_takes_seconds_and_its_files_are_not_looked_at(
     for first in (0, 1):  # of each part one is decoded, to see whether all are small
         Image.new("L", (70, 70)).save(tmp_path / "images" / f"{first:07}.png")
     opened: list[str] = []
-    monkeypatch.setattr("moco.data.folder.check_header", opened.append)
+    monkeypatch.setattr("moco.data.listing.check_header", opened.append)
     begin = time.process_time()
     train, test = load(tmp_path / "list.csv")
     assert time.process_time() - begin < 15  # one and a half, where nothing else runs

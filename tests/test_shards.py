@@ -35,7 +35,7 @@ from moco.data import (
 )
 from moco.data import folder as folders
 from moco.data import index as indexes
-from moco.data.folder import HELD_OUT
+from moco.data.listing import HELD_OUT
 from moco.data.members import let_go, open_image, read_image
 from moco.data.remote import FETCHES, Unavailable, find, open_copy
 from moco.data.shards import expand

@@ -14,7 +14,7 @@ from moco.config import DataConfig, PretrainConfig
 from moco.data import load_data
 from moco.data.array_file import is_array_file
 from moco.data.datasets import cifar_folder
-from moco.data.folder import SUFFIXES
+from moco.data.index import SUFFIXES
 from moco.data.listed import count_listed, is_list
 from moco.data.stl10 import stl10_folder
 from moco.engine import BF16_UNITS, choose_precision, cpu_flags

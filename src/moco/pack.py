@@ -23,9 +23,9 @@ from typing import NamedTuple, final
 
 from moco.config import DataConfig
 from moco.data import ArrayImages, BadImage, FileImages, Images, Splits, load_data
-from moco.data.folder import report_bad
 from moco.data.index import Content, Index, Stamp, to_bytes, write
 from moco.data.keys import suffix_of
+from moco.data.listing import report_bad
 from moco.data.members import read_image
 from moco.data.plan import Shard, begin, padded, plan_of
 from moco.data.remote import Unavailable

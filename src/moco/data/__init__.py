@@ -10,9 +10,10 @@ from moco.data.array_file import is_array_file, load_array_file
 from moco.data.arrays import ArrayImages
 from moco.data.datasets import cifar10, cifar100, cifar_folder, digits, imagenet
 from moco.data.decode import BadImage
-from moco.data.folder import FileImages, Images, Splits, load_folder, with_labels
+from moco.data.folder import load_folder
 from moco.data.given import as_images, fingerprint, some_of
 from moco.data.hugging_face import is_hugging_face, load_hugging_face
+from moco.data.images import FileImages, Images, Splits, with_labels
 from moco.data.listed import is_list, load_list
 from moco.data.loader import Loader, epoch_order, resized
 from moco.data.shards import is_shards, load_shards

@@ -13,8 +13,8 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.data.arrays import ArrayImages, planes
 from moco.data.decode import with_channels
-from moco.data.folder import FileImages, Images, Splits
 from moco.data.given import as_images
+from moco.data.images import FileImages, Images, Splits
 from moco.data.labels import numbered
 from moco.data.rows import mapped
 

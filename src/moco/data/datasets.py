@@ -16,7 +16,9 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.data.arrays import ArrayImages
 from moco.data.decode import luma
-from moco.data.folder import Splits, load_folder
+from moco.data.folder import load_folder
+from moco.data.images import Splits
+from moco.lock import wait_for
 
 
 def digits(config: DataConfig) -> Splits:
@@ -146,21 +148,30 @@ def _places(folder: str) -> list[Path]:
 def _download(name: str, source: Any, cache: Path) -> Path:
     from torchvision.datasets.utils import download_and_extract_archive
 
-    target = cache / source.base_folder
-    logging.getLogger("moco").info("downloading %s from %s to %s", name, source.url, target)
+    target, log = cache / source.base_folder, logging.getLogger("moco")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own, then renamed: several processes may come here at once, or be stopped half-way.
-        with tempfile.TemporaryDirectory(dir=cache) as private:
-            download_and_extract_archive(source.url, private, filename=source.filename, md5=source.tgz_md5)
+        # One process downloads, the others wait for it; in a folder of its own, for it may be stopped half-way.
+        with (cache / f".{source.base_folder}.lock").open("wb") as lock, tempfile.TemporaryDirectory(dir=cache) as own:
+            wait_for(lock)
             if not target.is_dir():
-                (Path(private) / source.base_folder).rename(target)
+                log.info("downloading %s from %s to %s", name, source.url, target)
+                download_and_extract_archive(source.url, own, filename=source.filename, md5=source.tgz_md5)
+                _put(Path(own) / source.base_folder, target)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{name} is neither in $MOCO_DATA nor in {cache}, and downloading it failed"
             f" ({' '.join(str(error).split())}); give a folder that holds {source.base_folder} as the data source"
         ) from None
     return target
+
+
+def _put(folder: Path, target: Path) -> None:
+    try:
+        folder.rename(target)
+    except OSError:  # where there are no locks another process may have been faster
+        if not target.is_dir():
+            raise
 
 
 def _read_cifar(name: str, folder: Path, config: DataConfig) -> Splits:

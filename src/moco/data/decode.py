@@ -95,6 +95,15 @@ def check_header(path: str) -> tuple[int, int]:
         return image.height, image.width
 
 
+def has_16_bits(path: str) -> bool:
+    """Whether a file is grey of 16 bits, by its header; not if that cannot be read. Call inside `quiet_pillow`."""
+    try:
+        with _open(path) as (_, image):
+            return image.mode.startswith("I")
+    except BadImage:
+        return False
+
+
 class Decoded(NamedTuple):
     """Pixels of a file, and what it holds."""
 

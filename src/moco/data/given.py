@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moco.data.arrays import ArrayImages, planes
 from moco.data.decode import with_channels
-from moco.data.folder import FileImages, Images
+from moco.data.images import FileImages, Images
 from moco.data.remote import is_remote
 from moco.data.window import WINDOW, few_shards, in_windows
 from moco.spacing import evenly

@@ -13,7 +13,8 @@ from typing import Any
 
 from moco.config import DataConfig
 from moco.data.arrays import ArrayImages
-from moco.data.folder import HELD_OUT, Splits, _Listing, _read, first_labelled
+from moco.data.images import Splits
+from moco.data.listing import HELD_OUT, Listing, first_labelled, read_listing
 from moco.data.members import HUGGING_FACE, facts_of, read_image
 
 
@@ -38,12 +39,12 @@ def load_hugging_face(source: str, config: DataConfig) -> Splits:
     parts = _parts(name)
     train = "train" if "train" in parts else next(iter(parts))
     kind, budget = _library(name).Image, config.memory * 2**30
-    images = _read(_listing(name, train), _place(name, train), config, budget)
+    images = read_listing(_listing(name, train), _place(name, train), config, budget)
     budget -= images.images.nbytes if isinstance(images, ArrayImages) else 0
     others = (part for part in HELD_OUT if part in parts and part != train and _column(parts[part], kind) is not None)
     # Many sets keep the labels of their test part to themselves.
     test = first_labelled((part, _listing(name, part)) for part in others)
-    return Splits(images, None if test is None else _read(test[1], _place(name, test[0]), config, budget))
+    return Splits(images, None if test is None else read_listing(test[1], _place(name, test[0]), config, budget))
 
 
 def read_row(path: str) -> bytes:
@@ -80,7 +81,7 @@ def _own(name: str, file: str, path: str) -> str:
     return str(whole)
 
 
-def _listing(name: str, part: str) -> _Listing:
+def _listing(name: str, part: str) -> Listing:
     """Paths of all rows of a part, and their labels if each has one."""
     rows, _ = _images_of(name, part)
     if not len(rows):
@@ -89,8 +90,8 @@ def _listing(name: str, part: str) -> _Listing:
     column = _column(rows, _library(name).ClassLabel)
     labels = [] if column is None else rows[column][:]
     if column is None or any(label is None or label < 0 for label in labels):  # -1 where a set keeps them to itself
-        return _Listing(paths, None, None)
-    return _Listing(paths, labels, tuple(rows.features[column].names))
+        return Listing(paths, None, None)
+    return Listing(paths, labels, tuple(rows.features[column].names))
 
 
 def _place(name: str, part: str) -> Path:

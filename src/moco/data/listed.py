@@ -13,8 +13,9 @@ from typing import NamedTuple
 from moco.config import DataConfig
 from moco.data import index
 from moco.data.arrays import ArrayImages
-from moco.data.folder import HELD_OUT, Splits, _Listing, _read
+from moco.data.images import Splits
 from moco.data.labels import numbered
+from moco.data.listing import HELD_OUT, Listing, read_listing
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 PATHS = ("path", "image", "file", "filename", "filepath")
@@ -49,7 +50,7 @@ def load_list(path: Path, config: DataConfig) -> Splits:
         if table.labels:
             numbers, known = numbered(str(path), chosen(table.labels), known)
         # What is cached of training and of test images is kept apart by the name.
-        images = _read(_Listing(chosen(files), numbers, known), path / name, config, budget)
+        images = read_listing(Listing(chosen(files), numbers, known), path / name, config, budget)
         budget -= images.images.nbytes if isinstance(images, ArrayImages) else 0
         parts.append(images)
     return Splits(parts[0], parts[1] if len(parts) == 2 else None)

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from moco.data.arrays import ArrayImages
 from moco.data.decode import BadImage
-from moco.data.folder import NUM_NAMED, FileImages, Images
+from moco.data.images import FileImages, Images
+from moco.data.listing import NUM_NAMED
 from moco.data.reader import Boxes, Crop, Part, Reader, joined, parts_of
 from moco.data.remote import Unavailable, is_remote
 from moco.data.window import refuse_little_room, windowed

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from moco.data.folder import FileImages
+from moco.data.images import FileImages
 from moco.data.keys import keys_of
 from moco.data.loader import epoch_order
 from moco.data.members import open_image

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from moco.data.decode import BadImage, quiet_pillow
-from moco.data.folder import FileImages
+from moco.data.images import FileImages
 from moco.data.remote import Unavailable
 from moco.transforms import Box
 

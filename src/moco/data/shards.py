@@ -21,8 +21,9 @@ from moco.config import DataConfig
 from moco.data import remote
 from moco.data.arrays import ArrayImages
 from moco.data.decode import BadImage
-from moco.data.folder import HELD_OUT, FileImages, Images, Splits, _Listing, _read, report_bad
+from moco.data.images import FileImages, Images, Splits
 from moco.data.index import SUFFIXES, Content
+from moco.data.listing import HELD_OUT, Listing, read_listing, report_bad
 from moco.data.members import index_of, let_go
 from moco.data.remote import is_remote
 
@@ -186,7 +187,7 @@ def _load(source: str, tars: list[str], config: DataConfig, known: tuple[str, ..
     else:
         # Training and test images of one source are kept apart.
         part = Path(source, tars[0].rpartition("/")[0].rpartition("/")[2])
-        images = _read(_Listing(named.paths, labels, classes), part, config, budget)
+        images = read_listing(Listing(named.paths, labels, classes), part, config, budget)
     return replace(images, skipped=(*(each.path for each in named.lost), *images.skipped))
 
 

@@ -13,7 +13,7 @@ from moco.config import DataConfig
 from moco.data.array_file import from_rows
 from moco.data.arrays import ArrayImages
 from moco.data.datasets import found
-from moco.data.folder import Splits
+from moco.data.images import Splits
 from moco.data.rows import STL10_SHAPE
 
 FOLDER = "stl10_binary"

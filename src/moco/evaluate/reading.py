@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moco import dist
 from moco.data import ArrayImages, BadImage, Images, Loader, epoch_order
-from moco.data.folder import NUM_NAMED
+from moco.data.listing import NUM_NAMED
 from moco.embed import read_features
 from moco.encoder import ImageEncoder
 from moco.evaluate.contract import ROWS_AT_ONCE, Task

@@ -1,0 +1,148 @@
+"""From a list of image files to images: which are readable, which are held, and which part is which."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from moco.config import DataConfig
+from moco.data.arrays import ArrayImages
+from moco.data.cache import cached
+from moco.data.decode import BadImage, check_header, decode, has_16_bits, quiet_pillow
+from moco.data.images import FileImages, Images
+from moco.data.index import SUFFIXES
+
+HELD_OUT = ("test", "val", "valid", "validation")
+"""Names of the part that is kept for evaluation, of every kind of source, in the order in which they are looked for.
+
+Where there are several, the first is taken; of folders and Hugging Face sets, which may lack labels in some, the first
+with labels.
+"""
+SMALL_SIDE = 64
+"""Images of one size up to this many pixels a side are decoded once and held, if `data.memory` allows."""
+NUM_CHECKED = 100_000
+"""Up to this many files every header is looked at before training; beyond, bad files show when they are read."""
+NUM_NAMED = 10
+"""Bad files that the log names one by one."""
+_CHUNK = 256
+
+
+class Listing(NamedTuple):
+    """Paths in order; of labelled ones also the class of each."""
+
+    paths: list[str]
+    labels: list[int] | None
+    classes: tuple[str, ...] | None
+
+
+def first_labelled(parts: Iterable[tuple[str, Listing]]) -> tuple[str, Listing] | None:
+    """The first part with labels, after which no more are looked at; the first of all where none has any."""
+    first = None
+    for part in parts:
+        if part[1].labels is not None:
+            return part
+        first = first or part
+    return first
+
+
+def read_listing(listing: Listing, folder: Path, config: DataConfig, budget: float) -> Images:
+    """Holds the images where they are small and alike, else checks their headers; drops the unreadable."""
+    paths, labels, classes = listing
+    if not paths:
+        raise ValueError(f"no images in {str(folder)!r}; expected files ending in {', '.join(sorted(SUFFIXES))}")
+    bad: dict[int, BadImage] = {}
+    cache = None
+    with quiet_pillow():
+        pixels = _read_small(paths, config.channels, budget, bad)
+        if pixels is None and config.cache:
+            side, channels = config.cache_side, config.channels
+            cache, bad = cached(paths, folder.resolve(), folder=config.cache, side=side, channels=channels)
+        elif pixels is None and len(paths) <= NUM_CHECKED:
+            bad |= _failures(paths, check_header)
+    report_bad(list(bad.values()), len(paths), config.max_bad)
+    good = [i for i in range(len(paths)) if i not in bad]
+    if pixels is not None and bad:
+        pixels = pixels[good]
+    kept = tuple(paths[i] for i in good)
+    with quiet_pillow():
+        if has_16_bits(kept[0]):
+            logging.getLogger("moco").warning(
+                "%r has 16 bits, which are scaled to 8: 65535 becomes 255. If your images use less of that range, as "
+                "scans of 12 bits do, they become too dark: scale them first",
+                kept[0],
+            )
+    known = None if labels is None else torch.tensor(labels)[good]
+    skipped = tuple(paths[i] for i in sorted(bad))
+    if pixels is None:
+        return FileImages(kept, known, classes, skipped, config.channels, cache and cache.select(torch.tensor(good)))
+    return ArrayImages(torch.from_numpy(pixels), known, classes, kept, skipped)
+
+
+def report_bad(bad: Sequence[BadImage], num_images: int, max_bad: float) -> None:
+    """Names unreadable files in the log.
+
+    Raises:
+        ValueError: they are more than the fraction `max_bad` of `num_images`, or all.
+    """
+    if bad and (len(bad) > max_bad * num_images or len(bad) == num_images):
+        raise ValueError(
+            f"{len(bad)} of {num_images} files cannot be read, expected at most {max_bad:.2%}; remove them or raise"
+            f" data.max_bad: " + "; ".join(f"{each.path!r} ({each.reason})" for each in bad[:5])
+        )
+    log = logging.getLogger("moco")
+    for each in bad[:NUM_NAMED]:
+        log.warning("skipped: %s", each)
+    if len(bad) > NUM_NAMED:
+        log.warning("skipped: %d more files, %d of %d in all", len(bad) - NUM_NAMED, len(bad), num_images)
+
+
+def _read_small(
+    paths: list[str], channels: int, budget: float, bad: dict[int, BadImage]
+) -> UInt8[np.ndarray, "n c h w"] | None:
+    """All pixels, if all images are small, of one size and within `budget` bytes; `bad` receives the unreadable."""
+    shape = next((shape for shape in map(lambda path: _shape(path, channels), paths) if shape), None)
+    if shape is None or max(shape) > SMALL_SIDE or len(paths) * np.prod(shape) > budget:
+        return None
+    pixels = np.zeros((len(paths), *shape), dtype=np.uint8)
+    unequal = threading.Event()
+
+    def read(i: int) -> None:
+        if not unequal.is_set():
+            one = decode(paths[i], channels)
+            if one.shape == shape:
+                pixels[i] = one
+            else:
+                unequal.set()
+
+    bad.update(_failures(range(len(paths)), read))
+    return None if unequal.is_set() else pixels
+
+
+def _shape(path: str, channels: int) -> tuple[int, ...] | None:
+    try:
+        return decode(path, channels).shape
+    except BadImage:
+        return None
+
+
+def _failures(items: Sequence[Any], work: Callable[[Any], object]) -> dict[int, BadImage]:
+    """Does `work` on every item by several threads; returns what failed, by position."""
+
+    def chunk(start: int) -> Iterable[tuple[int, BadImage]]:
+        failed = []
+        for i, item in enumerate(items[start : start + _CHUNK], start):
+            try:
+                work(item)
+            except BadImage as error:
+                failed.append((i, error))
+        return failed
+
+    # A chunk is a task: handing over single files would cost more than reading small ones.
+    with ThreadPoolExecutor() as pool:
+        return {i: error for failed in pool.map(chunk, range(0, len(items), _CHUNK)) for i, error in failed}
