@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import moco.table as table_module
-from moco import dist
+from moco import dist, shares
 from moco.checkpoint import save_encoder
 from moco.embed import embed_to
 from moco.encoder import ImageEncoder, build_backbone
@@ -249,7 +248,7 @@ def test_several_processes_write_the_table_of_one(
     def waits(seconds: float) -> None:
         raise Waited
 
-    monkeypatch.setattr(table_module.time, "sleep", waits)
+    monkeypatch.setattr(shares.time, "sleep", waits)
     for rank in reversed(range(1, world)):  # they wait for the first, which is yet to come
         monkeypatch.setenv("RANK", str(rank))
         with pytest.raises(Waited):
@@ -266,7 +265,7 @@ def test_several_processes_write_the_table_of_one(
 def test_a_process_that_stopped_writing_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(table_module, "SAID_AFTER", 0.0)
+    monkeypatch.setattr(shares, "SAID_AFTER", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     seen, out, sleep = [], tmp_path / "emb", time.sleep
 
@@ -275,17 +274,17 @@ def test_a_process_that_stopped_writing_is_not_waited_for(
         if len(seen) == 3:  # the other still writes
             (out / "share-00001-of-00002").mkdir()
             (out / "share-00001-of-00002" / "vectors.npy").touch()
-            monkeypatch.setattr(table_module, "PATIENCE", 0.3)
+            monkeypatch.setattr(shares, "PATIENCE", 0.3)
         sleep(0.1)
 
-    monkeypatch.setattr(table_module.time, "sleep", waits)
+    monkeypatch.setattr(shares.time, "sleep", waits)
     with caplog.at_level("INFO", logger="moco"), pytest.raises(RuntimeError, match="^no process has written to .*emb"):
         embed_to(out, encoder(), noise(6), batch_size=2)
     assert 5 <= len(seen) <= 9
     assert "waiting for share-00001-of-00002, which other processes write" in caplog.text
     monkeypatch.setattr(dist, "world_size", lambda: 3)
     monkeypatch.setattr(dist, "rank", lambda: 2)
-    assert table_module.own_share() == (2, 3)  # in a script, after training
+    assert shares.own_share() == (2, 3)  # in a script, after training
 
 
 def test_folders_that_are_no_shares_of_this_table_are_left_alone(

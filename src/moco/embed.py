@@ -25,7 +25,8 @@ from moco.data.decode import decode, quiet_pillow
 from moco.encoder import ImageEncoder
 from moco.launch import launched, own_cores
 from moco.scratch import room
-from moco.table import Unreadable, Writer, write_shared
+from moco.shares import write_shared
+from moco.table import Unreadable, Writer
 from moco.transforms import centred, normalise
 from moco.vectors import Embeddings, Meta, Settings, load, load_part, versions, whole_source
 

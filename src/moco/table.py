@@ -3,31 +3,22 @@
 import csv
 import io
 import json
-import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, final
 
 import numpy as np
 
-from moco import dist
-from moco.launch import launched
 from moco.lock import take
 from moco.run import disk_full_named, write_atomically
-from moco.vectors import FILES, HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta, shares
+from moco.vectors import FILES, HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta
 
 SYNC_EVERY = 5.0
 """Seconds between syncs of everything so far to disk."""
-
-
-WAIT = 0.1
-"""Seconds between checks whether the other processes have finished."""
-SAID_AFTER, PATIENCE = 10.0, 600.0
-"""Seconds of waiting after which it is said for what, and seconds without a new row after which it ends."""
 
 
 class Unreadable(NamedTuple):
@@ -73,7 +64,7 @@ class Writer:
         """Cut off what was written after the last sync."""
         if not take(self._files[VECTORS]):
             raise ValueError(f"{folder} is being written by another process; wait for it, or give another --out")
-        _sweep(folder)
+        sweep(folder)
         self.meta = read_meta(folder)
         if self.meta.complete:
             raise ValueError(f"{folder} is finished, so no rows can be added; give another --out")
@@ -160,107 +151,11 @@ def same_table(folder: Path, old: Meta, new: Meta) -> None:
         raise ValueError(f"{folder} holds another share of the images; use as many processes again, or another --out")
 
 
-def own_share() -> tuple[int, int]:
-    """Rank of this process and number of processes, from torchrun's `RANK` and `WORLD_SIZE`, or from SLURM."""
-    if dist.world_size() > 1:  # after training, in a script
-        return dist.rank(), dist.world_size()
-    start = launched()
-    if start.by == "slurm" and start.per_node and start.nodes:
-        return start.rank, start.per_node * start.nodes
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> None:
-    """Write a table, with this process alone or with several that each write a share of the images.
-
-    The processes do not communicate: each writes its own folder, and the first joins them when all are finished.
-
-    Args:
-        out: folder of the table; a finished one stays as it is.
-        meta: description of the whole table, without rows.
-        write: writes a folder, or resumes an unfinished one.
-
-    Raises:
-        ValueError: `out` was begun with something else, or by a different number of processes.
-        RuntimeError: another process has stopped writing.
-    """
-    rank, world = own_share()
-    if not _finished(out, meta):
-        folders = [out / f"share-{number:05}-of-{world:05}" for number in range(world)]
-        other = [folder for folder in shares(out) if world == 1 or folder not in folders]
-        if other or (world > 1 and (out / META).is_file()):
-            begun = f"{int(other[0].name.rpartition('-')[2])} processes" if other else "one process"
-            raise ValueError(f"{out} was begun by {begun}, now there are {world}; use as many again, or another --out")
-        if world == 1:
-            write(out, meta)
-            return
-        size, stop = meta.settings.batch_size, meta.stop
-        bounds = [min(number * -(-stop // size) // world * size, stop) for number in range(world + 1)]
-        parts = [
-            meta.model_copy(update={"start": first, "stop": last, "done": first})
-            for first, last in zip(bounds, bounds[1:], strict=False)
-        ]
-        if not _finished(folders[rank], parts[rank]):
-            write(folders[rank], parts[rank])
-        if rank == 0:
-            _wait_for(list(zip(folders, parts, strict=True)), out)
-            join(folders, out)
-        else:
-            _wait_for([(out, meta)], out)
-    if rank == 0:
-        _remove_shares(out, meta)
-        _sweep(out)
-
-
-def _wait_for(tables: Sequence[tuple[Path, Meta]], out: Path) -> None:
-    """Wait until all are finished, but not for ever: whoever writes one may have died, or see another file system."""
-    began, said = time.time(), False
-    changed = began
-    while left := [folder.name for folder, meta in tables if not _finished(folder, meta)]:
-        if not said and time.time() - began > SAID_AFTER:
-            said = True
-            logging.getLogger("moco").info("waiting for %s, which other processes write", ", ".join(left))
-        if time.time() - changed > PATIENCE:
-            changed = max((_modified(file) for file in out.rglob("*")), default=0.0)
-        if time.time() - changed > PATIENCE:
-            raise RuntimeError(
-                f"no process has written to {out} for {PATIENCE / 60:g} minutes, and {', '.join(left)} is not "
-                "finished; start all processes again, with an --out that all machines see"
-            )
-        time.sleep(WAIT)
-
-
-def _modified(file: Path) -> float:
-    with suppress(OSError):  # joined and removed in the meantime
-        return file.stat().st_mtime
-    return 0.0
-
-
-def _remove_shares(out: Path, meta: Meta) -> None:
-    """Remove the shares of this table, and in them only the files that were written."""
-    for folder in shares(out):
-        if (folder / META).is_file() and read_meta(folder).settings != meta.settings:
-            continue
-        _sweep(folder)
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # it holds something else, too
-            folder.rmdir()
-
-
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove files that a killed process left incomplete."""
     for name in FILES:
         for partial in folder.glob(f".{name}.*.partial"):
             partial.unlink(missing_ok=True)
-
-
-def _finished(folder: Path, meta: Meta) -> bool:
-    if not (folder / META).is_file():
-        return False
-    before = read_meta(folder)
-    same_table(folder, before, meta)
-    return before.complete
 
 
 def join(folders: Sequence[Path], out: Path) -> None:

@@ -47,7 +47,7 @@ def embed(
     """
     from moco.embed import embed_to
     from moco.formats import convert, refuse_missing
-    from moco.table import own_share
+    from moco.shares import own_share
     from moco.vectors import UNREADABLE, read_meta
 
     refuse_missing(format)
