@@ -10,13 +10,16 @@ import argparse
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from moco.batchnorm import SyncBatchNorm
-from moco.encoder import Encoder
+from moco.config import PretrainConfig
 from moco.recipes import load_recipe
-from moco.variants import build_model, choose_batchnorm
+from moco.stopping import ASK_EVERY
+from moco.variants import build_model
 
-FLAG_EVERY, ROW_EVERY = 10, 10
+WITHIN, BETWEEN, LATENCY = 300e9, 25e9, 3e-5
+"""Assumptions: bytes/s of a GPU inside a node of 8 and between nodes, seconds of a small message."""
 
 
 class Payload(NamedTuple):
@@ -30,26 +33,39 @@ class Payload(NamedTuple):
     messages: int
 
 
-def payload(recipe: str, images: int) -> Payload:
-    """Of a recipe with so many images a rank, in fp32."""
-    config = load_recipe(recipe)
+def payload(config: PretrainConfig, images: int, *, backbone: nn.Module | None = None) -> Payload:
+    """Of settings with so many images a rank, in fp32 if not in fp64; `backbone`, if given, replaces theirs.
+
+    Own keys count as masked only if the settings say so: left open, it depends on the number of images.
+    """
     with torch.device("meta"):
-        model = build_model(config.model.model_copy(update={"batchnorm": "auto"}), channels=config.data.channels)
-    encoder = model.query_encoder
-    assert isinstance(encoder, Encoder)
+        model = build_model(config.model, backbone=backbone, channels=config.data.channels)
+    number, parts = 8 if config.engine.precision == "fp64" else 4, config.optim.accumulate
     directions = 2 if model.symmetric else 1
     # Forward a mean and a variance, gathered, backward two sums, added up; the key encoder has no backward.
     norms = [(name, module.num_features) for name, module in model.named_modules() if isinstance(module, SyncBatchNorm)]
     learning = [(name, channels) for name, channels in norms if not name.startswith("key_encoder")]
-    exchanged = choose_batchnorm(config.model) in ("split", "shuffle") and config.model.variant != "v3"
+    # Built on one process, `auto` has groups there; on several it is images that are exchanged.
+    exchanged = model.shuffle is not None and config.model.batchnorm != "split"
+    pixels = config.data.channels * config.views.size**2
     return Payload(
-        gradients=4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
-        keys=4 * directions * images * config.model.dim,
-        images=4 * directions * images * config.data.channels * config.views.size**2 if exchanged else 0,
-        means=4 * 2 * directions * sum(channels for _, channels in norms),
-        sums=4 * 2 * directions * sum(channels for _, channels in learning),
-        messages=directions * (len(norms) + len(learning)),
+        gradients=number * sum(p.numel() for p in model.parameters() if p.requires_grad),
+        keys=number * directions * images * config.model.dim + (8 * images if config.model.mask_own else 0),
+        images=number * directions * images * pixels if exchanged else 0,
+        means=number * 2 * directions * parts * sum(channels for _, channels in norms),
+        sums=number * 2 * directions * parts * sum(channels for _, channels in learning),
+        messages=directions * parts * (len(norms) + len(learning)),
     )
+
+
+def in_words(of: Payload) -> list[str]:
+    """Cells of docs/many.md: gradients, keys, images, batch norm."""
+    norms = of.means + of.sums
+    return [*map(_size, of[:3]), f"{_size(norms)} in {of.messages} messages" if norms else "none"]
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 5e5 else f"{number / 1e3:.0f} kB" if number else "none"
 
 
 def seconds(of: Payload, ranks: int, *, bandwidth: float, latency: float, gathered: bool) -> float:
@@ -64,25 +80,40 @@ def seconds(of: Payload, ranks: int, *, bandwidth: float, latency: float, gather
     return moved / bandwidth + latency * (of.messages + 4)
 
 
+def efficiency(
+    of: Payload,
+    ranks: int,
+    *,
+    alone: float,
+    gathered: bool,
+    within: float = WITHIN,
+    between: float = BETWEEN,
+    latency: float = LATENCY,
+) -> str:
+    """Share of its time that a GPU computes, for a step that takes `alone` seconds without collectives."""
+    waited = seconds(of, ranks, bandwidth=within if ranks <= 8 else between, latency=latency, gathered=gathered)
+    return f"{100 * alone / (alone + waited):.0f} %"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="imagenet-v2")
     parser.add_argument("--images", type=int, default=32, help="a rank and step")
     parser.add_argument("--seconds", type=float, default=0.19, help="of a step without collectives: an assumption")
-    parser.add_argument("--within", type=float, default=300e9, help="bytes/s of a GPU inside a node: an assumption")
-    parser.add_argument("--between", type=float, default=25e9, help="bytes/s of a GPU between nodes: an assumption")
-    parser.add_argument("--latency", type=float, default=3e-5, help="seconds of a small message: an assumption")
+    parser.add_argument("--within", type=float, default=WITHIN, help="bytes/s of a GPU inside a node: an assumption")
+    parser.add_argument("--between", type=float, default=BETWEEN, help="bytes/s of a GPU between nodes: an assumption")
+    parser.add_argument("--latency", type=float, default=LATENCY, help="seconds of a small message: an assumption")
     chosen = parser.parse_args()
-    of = payload(chosen.recipe, chosen.images)
+    config = load_recipe(chosen.recipe)
+    of = payload(config, chosen.images)
     print(f"{chosen.recipe}, {chosen.images} images a rank, bytes a step: {of._asdict()}")
-    print(f"and one word every {FLAG_EVERY} steps, five sums every {ROW_EVERY}")
+    for what, size in zip(("gradients", "keys", "images", "batch norm"), in_words(of), strict=True):
+        print(f"{what}: {size}")
+    print(f"and two words every {ASK_EVERY} steps, five sums every {config.monitor.log_every}")
     print("| GPUs | images to all ranks | images where they are needed |\n|---|---|---|")
+    assumed = {"within": chosen.within, "between": chosen.between, "latency": chosen.latency}
     for ranks in (8, 64, 512):
-        bandwidth = chosen.within if ranks <= 8 else chosen.between
-        shares = []
-        for gathered in (True, False):
-            waited = seconds(of, ranks, bandwidth=bandwidth, latency=chosen.latency, gathered=gathered)
-            shares.append(f"{chosen.seconds / (chosen.seconds + waited):.0%}")
+        shares = [efficiency(of, ranks, alone=chosen.seconds, gathered=each, **assumed) for each in (True, False)]
         print(f"| {ranks} | {' | '.join(shares)} |")
 
 

@@ -1,10 +1,12 @@
 """Runs of several processes: the same as of one, and they start, stop, fail and go on together."""
 
+import functools
 import importlib
 import io
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -30,12 +32,14 @@ from moco.evaluate import Task
 from moco.evaluate.reading import read
 from moco.monitor import AT_ONCE, shared
 from moco.ranks import share_bad, start_alike
+from moco.recipes import load_recipe
 from moco.run import Run
 from moco.stopping import Stopped
 from moco.training import Training
 from small import TINY, SmallBackbone
 
 two_processes = pytest.mark.dist
+ROOT = Path(__file__).parent.parent
 LOOP = importlib.import_module("moco.pretrain")  # here, so that two processes need not each import it
 BATCH, DIM, QUEUE, STEPS = 32, 8, 96, 12
 IMAGES = [
@@ -136,7 +140,8 @@ def train(
         "results": run.results,
         "steps": [between.calls[start:stop] for start, stop in sizes],
         "between": [between.calls[stop:start] for (_, stop), (start, _) in zip(sizes, sizes[1:], strict=False)],
-        "parameters": sum(p.numel() for p in training.core.parameters() if p.requires_grad),
+        "mask_own": training.mask_own,
+        "trained": sum(p.requires_grad for p in training.core.parameters()),
         "norms": [
             (name, module.num_features)
             for name, module in training.core.named_modules()
@@ -151,6 +156,37 @@ def assert_same_weights(one: dict[str, Any], other: dict[str, Any], within: floa
     for name, value in one["state"].items():
         if not name.endswith("num_batches_tracked"):  # counted by torch's batch norm alone
             torch.testing.assert_close(value, other["state"][name], rtol=0, atol=within, msg=name)
+
+
+@functools.cache
+def collectives() -> dict[str, Any]:
+    """What docs/many.md's tables are worked out with."""
+    return runpy.run_path(str(ROOT / "benchmarks" / "collectives.py"))
+
+
+def assert_handed_over(found: dict[str, Any], sections: dict[str, Any]) -> None:
+    """At every step the bytes that benchmarks/collectives.py works out, each kind in as many messages as it must."""
+    config = merge(settings(**sections), {"model": {"mask_own": found["mask_own"]}})
+    of, parts = collectives()["payload"](config, BATCH // 2, backbone=SmallBackbone()), config.optim.accumulate
+    v3 = config.model.variant == "v3"
+    directions = 2 if v3 or config.model.symmetric else 1
+    assert found["mask_own"] == (not v3)  # of v1 and v2, whose keys they are travels as well
+    forward = directions * parts * len(found["norms"])
+    back = directions * parts * sum(not name.startswith("key_encoder") for name, _ in found["norms"])
+    assert of.messages == forward + back and bool(forward) == v3
+    expected = {
+        "allreduce_": (back + 1, of.gradients + of.sums),  # gradients all in one bucket
+        "_allgather_base_": (forward + parts * (directions if v3 else directions + 1), of.keys + of.means),
+        "alltoall_base_": (0 if v3 else parts * directions, of.images),
+    }
+    for number, step in enumerate(found["steps"]):
+        sizes: dict[str, list[int]] = {kind: [] for kind in expected}
+        for kind, size in step:
+            sizes.setdefault(kind, []).append(size)
+        # DDP settles its buckets once: 4 bytes for each trained tensor, for their number and for the size of the one.
+        settled = sum(sizes.pop("broadcast_", []))
+        assert settled <= (4 * (found["trained"] + 2) if number < 2 else 0)
+        assert {kind: (len(each), sum(each)) for kind, each in sizes.items()} == expected
 
 
 V1, SPLIT = {"variant": "v1"}, {"batchnorm": "split", "bn_splits": 2}
@@ -175,30 +211,40 @@ def test_two_processes_train_as_one_and_hand_over_no_more_than_they_must(way: st
         for name in ("loss", "positive", "pretext_accuracy", "lr", "key_momentum"):
             assert row[name] == pytest.approx(alone[name], abs=1e-9), name
     assert first["results"] == one["results"] and len(one["results"]) == 3
-    # What was handed over, in bytes, of float64: every step the same. DDP settles its buckets in the first two.
-    n, number = BATCH // 2, 8
-    expected = number * first["parameters"]
-    if "exchanged" in way:
-        expected += number * n * (DIM + 1) + number * n * 3 * 64  # keys and whose they are; images, once
-    else:
-        expected += 2 * number * n * DIM
-        # Means and variances of two views forward through both encoders and the predictor, two sums back but for keys.
-        channels = sum(c * (4 if name.startswith("key_encoder") else 8) for name, c in first["norms"])
-        assert first["norms"]
-        expected += number * channels
-        gathered, keys = 2 * len(first["norms"]), 2
-        summed = 2 * sum(not name.startswith("key_encoder") for name, _ in first["norms"])
-        for each in (first, second):
-            for step in each["steps"][2:]:
-                names = [name for name, size in step]
-                assert names.count("_allgather_base_") == gathered + keys
-                assert names.count("allreduce_") == summed + 1  # gradients, all in one bucket
     for each in (first, second):
-        assert {sum(size for _, size in step) for step in each["steps"][2:]} == {expected}
+        assert_handed_over(each, sections)
         # Between steps: five sums for each row of metrics.csv; two words at first, every ten steps, at an epoch's end.
         row, word = ("allreduce_", 5 * 8), ("allreduce_", 2 * 8)
         between = {1: [word], 4: [row], 5: [word], 8: [row], 10: [word]}
         assert each["between"] == [between.get(step, []) for step in range(1, STEPS)]
+
+
+COLUMNS = {
+    "v2, ResNet-50, n = 32": ("imagenet-v2", 32),
+    "v3, ViT-S, n = 64": ("imagenet-v3-vit-s", 64),
+    "v3, ResNet-50, n = 64": ("imagenet-v3-r50-300", 64),
+}
+
+
+def test_the_numbers_of_the_page_on_many_processes_are_those_worked_out() -> None:
+    many, worked_out = (ROOT / "docs" / "many.md").read_text(), collectives()
+    loads = {column: worked_out["payload"](load_recipe(recipe), n) for column, (recipe, n) in COLUMNS.items()}
+    heading, _, *rows = many.split("in fp32:\n\n")[1].split("\n\n")[0].splitlines()
+    assert heading == f"| what | bytes | {' | '.join(COLUMNS)} |"
+    cells = [row.strip("| ").split(" | ")[2:] for row in rows]
+    assert cells == [list(row) for row in zip(*map(worked_out["in_words"], loads.values()), strict=True)]
+    v2, vit, resnet = loads.values()
+    for ranks in (8, 64, 512):
+        shares = [
+            worked_out["efficiency"](v2, ranks, alone=seconds, gathered=gathered)
+            for gathered in (True, False)
+            for seconds in (0.19, 0.02)
+        ]
+        assert f"\n| {ranks}{' GPUs' if ranks == 8 else ''} | {' | '.join(shares)} |\n" in many
+    for load, alone, where in ((vit, 0.04, "ViT-S"), (resnet, 0.19, "ResNet-50")):
+        shares = [worked_out["efficiency"](load, n, alone=alone, gathered=True).strip(" %") for n in (8, 64, 512)]
+        said = f"{shares[0]}, {shares[1]} and {shares[2]} % as {where} at t = {alone} s"
+        assert said in " ".join(many.split())
 
 
 @two_processes
