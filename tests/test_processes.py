@@ -247,6 +247,24 @@ def test_the_numbers_of_the_page_on_many_processes_are_those_worked_out() -> Non
         assert said in " ".join(many.split())
 
 
+BOTH, PARTS = {"symmetric": True, "queue_size": 128}, {"accumulate": 2}
+MORE = {
+    "v1, symmetric": {"model": V1 | BOTH},
+    "v2, symmetric": {"model": BOTH},
+    "v2, in parts": {"optim": PARTS},
+    "v3, in parts": {"model": V3, "optim": PARTS | {"name": "lars"}},
+}
+
+
+@two_processes
+@pytest.mark.parametrize("way", MORE)
+def test_two_directions_or_parts_hand_over_no_more_than_they_must(way: str, pair: Pair, tmp_path: Path) -> None:
+    sections = MORE[way] | {"steps": 3}
+    for each in pair(train, str(tmp_path / "run"), sections, None, True):
+        assert len(each["steps"]) == 3
+        assert_handed_over(each, sections)
+
+
 @two_processes
 def test_a_run_goes_on_on_one_process_and_on_two_again(pair: Pair, tmp_path: Path) -> None:
     folder = str(tmp_path / "elastic")
