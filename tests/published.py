@@ -1,7 +1,8 @@
-"""MoCo v1 and v3 as their papers state them, on dictionaries of tensors; nothing here comes from the package tested.
+"""MoCo v1, v2 and v3 as their papers state them, on dictionaries of tensors; nothing comes from the package tested.
 
 A batch is numbered; device r of W holds the images r, r + W, r + 2W and so on, and normalises over these alone.
-v1: He et al. 2020, arXiv:1911.05722, algorithm 1, section 3.3. v3: Chen, Xie, He 2021, arXiv:2104.02057, algorithm 1.
+v1: He et al. 2020, arXiv:1911.05722, algorithm 1, section 3.3. v2: Chen et al. 2020, arXiv:2003.04297, section 3.
+v3: Chen, Xie, He 2021, arXiv:2104.02057, algorithm 1.
 """
 
 from collections.abc import Callable
@@ -70,7 +71,22 @@ def follow(key: Net, query: Net, momentum: float) -> Net:
     return {name: momentum * key[name] + (1 - momentum) * query[name].detach() for name in key}
 
 
-def published_v1(
+def mlp_head(net: Net, prefix: str, x: Tensor) -> Tensor:
+    """v2's two linear layers with a ReLU between them."""
+    hidden = (x @ net[f"{prefix}.0.weight"].T + net[f"{prefix}.0.bias"]).clamp(min=0)
+    return hidden @ net[f"{prefix}.2.weight"].T + net[f"{prefix}.2.bias"]
+
+
+def linear_head(net: Net, prefix: str, x: Tensor) -> Tensor:
+    """v1's."""
+    return x @ net[f"{prefix}.weight"].T + net[f"{prefix}.bias"]
+
+
+HEADS = {"v1": linear_head, "v2": mlp_head}
+
+
+def published_queue(
+    variant: str,
     net: Net,
     queue: Tensor,
     batches: Batches,
@@ -83,7 +99,7 @@ def published_v1(
     lr: float,
     weight_decay: float,
 ) -> Trace:
-    """The key encoder moves before the keys are taken, with the query encoder of before the step."""
+    """v1 or v2: the key encoder moves before the keys are taken, with the query encoder of before the step."""
     query, key = _start(net)
     slots, trace, buffers = list(queue), Trace(), {name: torch.zeros_like(p) for name, p in net.items()}
 
@@ -91,8 +107,7 @@ def published_v1(
         out = images.new_zeros(len(images), queue.shape[1])
         for device in range(devices):
             pooled = features(net, images[device::devices])
-            head = net["query_encoder.projector.weight"], net["query_encoder.projector.bias"]
-            out[device::devices] = pooled @ head[0].T + head[1]
+            out[device::devices] = HEADS[variant](net, "query_encoder.projector", pooled)
         return unit(out)
 
     def keys_of(images: Tensor, random: torch.Generator) -> Tensor:

@@ -76,11 +76,17 @@ class Pixels(nn.Module):
 
 
 def small_v1(
-    batchnorm: str = "plain", *, splits: int = 2, symmetric: bool = False, queue_size: int = 20, seed: int = 0
+    batchnorm: str = "plain",
+    *,
+    variant: str = "v1",
+    splits: int = 2,
+    symmetric: bool = False,
+    queue_size: int = 20,
+    seed: int = 0,
 ) -> QueueMoCo:
     torch.manual_seed(seed)
     model = moco.create_model(
-        "v1",
+        variant,
         backbone=SmallBackbone(),
         dim=5,
         queue_size=queue_size,

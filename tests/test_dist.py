@@ -17,7 +17,7 @@ from moco.batchnorm import SplitBatchNorm2d, average_running_statistics, convert
 from moco.config import ModelConfig
 from moco.model import BatchMoCo, QueueMoCo
 from moco.variants import choose_batchnorm
-from published import Trace, published_v1, published_v3
+from published import Trace, published_queue, published_v3
 from small import (
     Pixels,
     assert_same_training,
@@ -350,8 +350,8 @@ def as_trace(answer: dict[str, Any]) -> Trace:
     return Trace(**answer["trace"])
 
 
-def train_v1(batchnorm: str, symmetric: bool, queue_size: int) -> dict[str, Any]:
-    model = small_v1(batchnorm, symmetric=symmetric, queue_size=queue_size)
+def train_v1(batchnorm: str, symmetric: bool, queue_size: int, variant: str = "v1") -> dict[str, Any]:
+    model = small_v1(batchnorm, variant=variant, symmetric=symmetric, queue_size=queue_size)
     optimizer = torch.optim.SGD(trained(model), LR, momentum=0.9, weight_decay=DECAY)
     trace = train(model, make_batches(), optimizer, cosine_momentum)
     average_running_statistics(model)
@@ -366,10 +366,14 @@ def train_v3(resnet: bool) -> dict[str, Any]:
 
 @two_processes
 @pytest.mark.parametrize(("symmetric", "queue_size"), [(False, 20), (True, 24)])
-def test_v1_on_two_processes_trains_as_published_in_float64(pair: Pair, symmetric: bool, queue_size: int) -> None:
-    answers = pair(train_v1, "shuffle", symmetric, queue_size)
-    model = small_v1(queue_size=queue_size)
-    published = published_v1(
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_v1_and_v2_on_two_processes_train_as_published_in_float64(
+    pair: Pair, variant: str, symmetric: bool, queue_size: int
+) -> None:
+    answers = pair(train_v1, "shuffle", symmetric, queue_size, variant)
+    model = small_v1(variant=variant, queue_size=queue_size)
+    published = published_queue(
+        variant,
         weights(model),
         model.queue.keys.clone(),
         make_batches(),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import moco
 from moco.model import MoCo, QueueMoCo
-from published import published_v1, published_v3
+from published import published_queue, published_v3
 from small import (
     Pixels,
     assert_same_training,
@@ -57,10 +57,12 @@ def written_out(similarities: list[float], temperature: float) -> float:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("batchnorm", "devices"), [("plain", 1), ("split", 2), ("split", 3)])
-def test_v1_trains_as_published_in_float64(batchnorm: str, devices: int, symmetric: bool) -> None:
-    model = small_v1(batchnorm, splits=devices, symmetric=symmetric)
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_v1_and_v2_train_as_published_in_float64(variant: str, batchnorm: str, devices: int, symmetric: bool) -> None:
+    model = small_v1(batchnorm, variant=variant, splits=devices, symmetric=symmetric)
     batches = make_batches()
-    published = published_v1(
+    published = published_queue(
+        variant,
         weights(model),
         model.queue.keys.clone(),
         batches,
