@@ -194,9 +194,9 @@ def report_evaluation(
 
 @contextmanager
 def heard() -> Generator[None]:
-    """Send the library's log to stderr while a command runs; of several processes, only the first prints."""
+    """Send the library's log to stderr while a command runs; processes but the first print only what ends them."""
     logger = logging.getLogger("moco")
-    handler = _ToStderr() if launched().rank == 0 else logging.NullHandler()
+    handler = _ToStderr(logging.NOTSET if launched().rank == 0 else logging.ERROR)
     level, propagate = logger.level, logger.propagate
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     logger.addHandler(handler)
