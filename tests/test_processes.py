@@ -77,6 +77,11 @@ def wait_for_step(run: Path, step: int, *, at_most: float = 240) -> None:
     raise AssertionError(f"no step {step} within {at_most} s")
 
 
+def last_row(run: Path) -> int:
+    """The step of the last row of metrics.csv."""
+    return int(Run.open(run).metrics[-1]["step"])
+
+
 def settings(**sections: Any) -> PretrainConfig:
     return merge(parse_config(EXACT), sections)
 
@@ -702,7 +707,7 @@ def said(folder: Path, rank: int, stream: str = "stderr") -> str:
 
 @two_processes
 @pytest.mark.slow
-def test_one_that_is_told_to_stop_stops_both_one_that_dies_ends_both_and_one_process_goes_on(
+def test_one_that_is_told_to_stop_stops_both_either_that_dies_ends_both_and_one_process_goes_on(
     tmp_path: Path,
 ) -> None:
     recipe, run, logs = tmp_path / "tiny.yaml", tmp_path / "run", tmp_path / "logs"
@@ -719,18 +724,23 @@ def test_one_that_is_told_to_stop_stops_both_one_that_dies_ends_both_and_one_pro
     )
     assert said(logs, 1) == said(logs, 1, "stdout") == ""
 
-    agent = torchrun(logs, *line)
-    wait_for_step(run, step + 20)
-    began = time.monotonic()
-    os.kill(rank_of(agent, 1), signal.SIGKILL)
-    assert agent.wait(60) != 0
-    assert time.monotonic() - began < 60
-    last = said(logs, 0).strip().splitlines()[-1]
-    assert last.startswith(
-        "moco: another process of the run died or stopped responding (see its own message); resume from the last "
-        f"checkpoint with moco pretrain --resume {run}"
-    )
-    assert f"continued at step {step} of" in said(logs, 0)
+    for dies, left in ((1, 0), (0, 1)):
+        step = checkpoint.load(run / "checkpoints" / "last.ckpt")["step"]
+        written = last_row(run)
+        agent = torchrun(logs, *line)
+        wait_for_step(run, written + 20)
+        began = time.monotonic()
+        os.kill(rank_of(agent, dies), signal.SIGKILL)
+        assert agent.wait(60) != 0
+        assert time.monotonic() - began < 60
+        assert f"continued at step {step} of" in said(logs, 0)
+        # torch ends the threads that it still has as it likes, and says so.
+        lines = said(logs, left).replace("terminate called without an active exception", "").strip().splitlines()
+        assert lines[-1].startswith(
+            "moco: another process of the run died or stopped responding (see its own message); resume from the last "
+            f"checkpoint with moco pretrain --resume {run}"
+        )
+        assert left == 0 or len(lines) == 1
 
     step = checkpoint.load(run / "checkpoints" / "last.ckpt")["step"]
     assert main(["pretrain", "--resume", str(run), "--steps", str(step + 2)]) == 0
@@ -767,12 +777,15 @@ def test_the_first_process_starts_the_others_and_sigterm_to_it_stops_all(tmp_pat
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0 and b"moco: another process of the run died or stopped responding" in stderr
 
-    step = checkpoint.load(run / "checkpoints" / "last.ckpt")["step"]
+    # Rows of steps that the last one took after its checkpoint are still there until this one has begun.
+    step = last_row(run)
     process = subprocess.Popen([*command[:4], "--resume", str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_for_step(run, step + 5)
     others = [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(others) == 1
     process.kill()
-    process.communicate()
+    _, stderr = process.communicate(timeout=60)  # until the others have closed it, too
+    assert b"moco: another process of the run died or stopped responding" in stderr
     end = time.monotonic() + 60
     while others and time.monotonic() < end:
         others = [each for each in others if alive(each)]
