@@ -3,6 +3,7 @@
 import functools
 import importlib
 import io
+import json
 import math
 import os
 import re
@@ -746,6 +747,24 @@ def test_one_that_is_told_to_stop_stops_both_either_that_dies_ends_both_and_one_
     assert main(["pretrain", "--resume", str(run), "--steps", str(step + 2)]) == 0
     assert [row["step"] for row in Run.open(run).metrics][-1] == step + 2
     assert "started on 2 processes, now 1" in (run / "log.txt").read_text()
+
+
+@two_processes
+@pytest.mark.slow
+def test_torchrun_measures_a_run_as_one_process_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, run, logs = tmp_path / "tiny.yaml", tmp_path / "run", tmp_path / "logs"
+    recipe.write_text(yaml.safe_dump(TINY | {"steps": 20}))
+    assert main(["pretrain", str(recipe), "--out", str(run)]) == 0
+    capsys.readouterr()
+    line = ("evaluate", run, "--protocol", "knn", "--json", "--out")
+    assert main([str(each) for each in (*line, tmp_path / "one")]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert torchrun(logs, *line, tmp_path / "two").wait(120) == 0
+    shared_out = json.loads(said(logs, 0, "stdout"))
+    assert shared_out["figures"] == alone["figures"] and 20 < alone["figures"]["top1"] < 100
+    assert said(logs, 1) == said(logs, 1, "stdout") == ""
+    [one], [two] = ([*(tmp_path / name).glob("*.json")] for name in ("one", "two"))
+    assert one.name == two.name and one.read_text() == two.read_text()
 
 
 def alive(process: int) -> bool:
