@@ -9,7 +9,6 @@ import torch
 from lightning_fabric.accelerators import CUDAAccelerator
 
 from moco import engine
-from moco.cli.console import heard
 from moco.config import EngineConfig
 from moco.engine import (
     build_fabric,
@@ -150,22 +149,6 @@ def test_processes_that_do_not_meet_say_why(known: str, tmp_path: Path, monkeypa
             ValueError, match=rf"^the processes could not connect at 127.0.0.1:{port} \(timed out\); check that all"
         ):
             fabric(tmp_path, devices=2, threads=1)
-
-
-def test_one_that_the_first_process_started_ends_with_it_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def end(code: int) -> None:
-        raise SystemExit(code)
-
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(engine, "PARTING", 0.0)
-    monkeypatch.setattr(os, "_exit", end)
-    with heard(), pytest.raises(SystemExit, match="^1$"):
-        logging.getLogger("moco").warning("this is for the first process to say")
-        engine._end_with(os.getpid())  # which is not the parent any more
-    said = "the first process of the run has ended, and this one, which it started, with it\n"
-    assert capsys.readouterr().err == said
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from moco import stopping
+from moco.cli.console import heard
 from moco.stopping import Stopped, StopSignal, part_in_order, queued_again
 
 
@@ -135,3 +137,19 @@ def test_stopped_says_by_what_and_where() -> None:
     stopped = Stopped(signal.SIGTERM, Path("runs/x"))
     assert (stopped.signum, stopped.path) == (signal.SIGTERM, Path("runs/x"))
     assert str(stopped) == "stopped by SIGTERM; runs/x is saved"
+
+
+def test_one_that_the_first_process_started_ends_with_it_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(stopping, "PARTING", 0.0)
+    monkeypatch.setattr(os, "_exit", end)
+    with heard(), pytest.raises(SystemExit, match="^1$"):
+        logging.getLogger("moco").warning("this is for the first process to say")
+        stopping._end_with(os.getpid())  # which is not the parent any more
+    said = "the first process of the run has ended, and this one, which it started, with it\n"
+    assert capsys.readouterr().err == said
