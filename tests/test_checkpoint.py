@@ -373,7 +373,7 @@ def test_a_checkpoint_of_the_official_code_goes_on_as_our_own(
     first = moco.pretrain(merge(config, {"steps": 6}), data=images, out=tmp_path / "first")
     torch.save(official(first, epoch=2), tmp_path / "checkpoint_0001.pth.tar")
     theirs = moco.pretrain(config, data=images, resume=tmp_path / "checkpoint_0001.pth.tar", out=tmp_path / "theirs")
-    ours = moco.pretrain(config, data=images, resume=first.path)
+    ours = moco.pretrain(merge(config, {"steps": None}), data=images, resume=first.path)  # not given, it stays at 6
     assert [row["step"] for row in theirs.metrics] == [7, 8, 9]
     np.testing.assert_allclose(losses(theirs), losses(ours)[6:], rtol=0, atol=1e-6)
     end, other = (checkpoint.load(each.last)["model"] for each in (theirs, ours))

@@ -60,8 +60,9 @@ def pretrain(
         data: images to use instead of the recipe's: a name or folder, uint8 tensor or array, list of PIL images, or
             Dataset.
         resume: folder of a run to continue from its last checkpoint, bit for bit as if it had never stopped. If equal
-            to `out`, the run is started when it does not exist, and resumed otherwise. Or a training checkpoint of the
-            official code, which a new run continues with the settings in `config`.
+            to `out`, the run is started when it does not exist, and resumed otherwise. What `config` does not give
+            stays as it was. Or a training checkpoint of the official code, which a new run continues with the settings
+            in `config`.
         on_progress: called on the first process each time metrics are read from the device.
 
     Returns:
