@@ -257,7 +257,10 @@ def test_recipes_can_be_shortened_for_a_trial() -> None:
         assert parse_config(config.model_dump() | {"steps": 2}).steps == 2
 
 
-@pytest.mark.parametrize("name", recipe_names())
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in recipe_names() if name.endswith("-b")]
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.endswith("-b")] + LARGE)
 def test_a_recipe_trains_for_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own network and everything of its method, on few and small digits; only checkpoints are left out."""
     recipe = load_recipe(name)

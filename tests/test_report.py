@@ -216,6 +216,7 @@ def test_the_page_fetches_nothing_and_runs_nothing(trained):
     assert "default-src 'none'" in policy and "script" not in policy
 
 
+@pytest.mark.slow
 def test_a_page_of_noisy_photos_and_a_thousand_classes_stays_under_five_megabytes(tmp_path):
     """Noise as rough as that of photos; of each picture as many pixels as a run draws."""
     run = made_by_hand(tmp_path / "run", "step,epoch,loss", tuple(f"{i},{i / 10},{5 - i / 1000}" for i in range(900)))
