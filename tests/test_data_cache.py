@@ -99,7 +99,10 @@ def test_a_cache_that_is_not_of_these_files_is_made_anew(change, tmp_path):
         assert abs(float(now.decode(i).float().mean() - files.decode(i).float().mean())) < 1
 
 
-def test_a_cache_whose_making_was_stopped_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_cache_whose_making_was_stopped_goes_on(locks, tmp_path, monkeypatch):
+    if not locks:
+        monkeypatch.setattr(moco.lock, "fcntl", None)
     folder, real, read = photos(tmp_path / "in", 9), moco.data.cache.decode_shrunk, []
     want = load(folder, tmp_path / "whole")
     monkeypatch.setattr(moco.data.cache, "CHUNK", 2)
@@ -127,7 +130,7 @@ def test_a_cache_whose_making_was_stopped_goes_on(tmp_path, monkeypatch):
 
 
 MAKER = """
-import errno, hashlib, sys
+import errno, hashlib, os, socket, sys
 from pathlib import Path
 import moco.lock
 from moco.config import DataConfig
@@ -136,8 +139,10 @@ from moco.data import cache, load_data
 source, folder, locks = sys.argv[1:]
 made, make, flock = [], cache._make, moco.lock.fcntl.flock
 
-def without(*_):
-    raise OSError(errno.ENOTSUP, "Operation not supported")
+def without(file, how):
+    if file.name.startswith(folder):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+    flock(file, how)
 
 def counted(*given, **named):
     made.append(given)
@@ -147,6 +152,7 @@ def counted(*given, **named):
 
 cache.CHUNK, cache._make = 2, counted
 moco.lock.fcntl.flock = flock if locks == "locks" else without
+socket.gethostname = lambda: os.environ["MACHINE"]
 config = DataConfig(source=source, cache=Path(folder), cache_side=64)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -157,14 +163,16 @@ print(len(made), digest.hexdigest())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such locks")
-@pytest.mark.parametrize("locks", ["locks", "no locks"])
-def test_of_two_processes_one_makes_the_cache_and_without_locks_each(locks, tmp_path):
-    folder, cache = photos(tmp_path / "in", 24), tmp_path / "cache"
+@pytest.mark.parametrize("locks", ["locks", "no locks", "no locks, two machines"])
+def test_of_two_processes_one_makes_the_cache_and_without_locks_one_of_each_machine(locks, tmp_path):
+    folder, cache, apart = photos(tmp_path / "in", 24), tmp_path / "cache", locks.endswith("machines")
     command = [sys.executable, "-c", MAKER, folder, cache, locks]
-    both = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    both = []
+    for number in range(2):
+        temporary = tmp_path / (f"tmp-{number}" if apart else "tmp")
+        temporary.mkdir(exist_ok=True)
+        pipe, environment = subprocess.PIPE, os.environ | {"TMPDIR": str(temporary), "MACHINE": temporary.name}
+        both.append(subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
 
     def says(process: subprocess.Popen[str], line: str) -> None:
         assert process.stdout and process.stdout.readline() == f"{line}\n"
@@ -179,7 +187,7 @@ def test_of_two_processes_one_makes_the_cache_and_without_locks_each(locks, tmp_
     go_on(both[0])
     says(both[0], "making")
     go_on(both[1])
-    if locks == "no locks":
+    if apart:
         says(both[1], "making")
         go_on(both[1])
     else:
@@ -188,7 +196,7 @@ def test_of_two_processes_one_makes_the_cache_and_without_locks_each(locks, tmp_
     answers = [each.communicate(timeout=120) for each in both]
     assert [each.returncode for each in both] == [0, 0], answers
     counts, digests = zip(*(out.split() for out, _ in answers), strict=True)
-    assert counts == ("1", "0" if locks == "locks" else "1") and len(set(digests)) == 1
+    assert counts == ("1", "1" if apart else "0") and len(set(digests)) == 1
     whole = load(folder, tmp_path / "alone")
     pixels = b"".join(whole.decode(i).numpy().tobytes() for i in range(24))
     assert digests[0] == hashlib.sha256(pixels).hexdigest()

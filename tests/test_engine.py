@@ -1,3 +1,4 @@
+import atexit
 import os
 import socket
 import sys
@@ -14,6 +15,7 @@ from moco.engine import (
     build_fabric,
     choose_precision,
     cpu_has_bf16,
+    loss_named,
     own_device,
     processes,
     resolve,
@@ -149,6 +151,18 @@ def test_processes_that_do_not_meet_say_why(known: str, tmp_path: Path, monkeypa
             ValueError, match=rf"^the processes could not connect at 127.0.0.1:{port} \(timed out\); check that all"
         ):
             fabric(tmp_path, devices=2, threads=1)
+
+
+def test_what_goes_wrong_among_several_is_not_ended_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lightning_fabric.utilities import distributed
+
+    dropped: list[object] = []
+    monkeypatch.setattr(atexit, "unregister", dropped.append)
+    for world, expected in ((1, []), (2, [distributed._destroy_dist_connection])):
+        monkeypatch.setattr("moco.dist.world_size", lambda world=world: world)
+        with pytest.raises(KeyError), loss_named(tmp_path):
+            raise KeyError
+        assert dropped == expected
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}

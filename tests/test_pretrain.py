@@ -3,6 +3,7 @@
 import importlib
 import logging
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 import moco
 from moco import backbones, dist
 from moco.config import PretrainConfig, merge, parse_config, to_yaml
+from moco.data import Splits, as_images
+from moco.monitor import Monitor
 from moco.optim import key_momentum, learning_rate
 from moco.run import Run
 from moco.settle import settle
+from moco.stopping import Stopped
 from moco.variants import loss_range
 from small import SmallBackbone
 
@@ -126,6 +130,11 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
         moco.pretrain(settings(), out=tmp_path / "elsewhere", resume=run, data=IMAGES)
     assert moco.pretrain(settings(steps=4), resume=run, data=IMAGES).metrics[-1]["step"] == 4
     begun = Run.open(run)
+    loose = {"monitor": {"log_every": 1, "save_every": 5.0}, "data": {"max_bad": 0.5}}  # with defaults that are choices
+    (run / "config.yaml").write_text(to_yaml(merge(begun.config, loose)))
+    again = settle(settings(), None, Run.open(run))
+    assert (again.monitor.save_every, again.data.max_bad) == (5.0, 0.5)
+    assert settle(settings({"data": {"max_bad": 0.1}}), IMAGES, Run.open(run)).data.max_bad == 0.1
     assert settle(settings(), None, begun).steps == 2  # not given: as it was begun
     assert settle(merge(begun.config, {"steps": None}), None, begun).steps is None  # given as none
     (run / "config.yaml").write_text(to_yaml(merge(begun.config, {"engine": {"devices": 1}})))
@@ -137,6 +146,53 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError):
         moco.pretrain(settings(), out=tmp_path / "other", resume=tmp_path / "other", data=IMAGES)
+
+
+def test_stopped_at_the_last_knn_or_while_it_concludes_a_run_goes_on_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, run = Monitor.look, tmp_path / "run"
+
+    def told(monitor: Monitor) -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        return look(monitor)
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Monitor, "look", told)
+        with pytest.raises(Stopped):
+            moco.pretrain(settings(steps=3), out=run, data=IMAGES)
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.import_module("moco.pretrain"), "draw_results", full)
+        with pytest.raises(OSError, match="no space left"):
+            moco.pretrain(settings(steps=3), resume=run, data=IMAGES)
+    found = moco.pretrain(settings(steps=3), resume=run, data=IMAGES)
+    assert "trained encoder" in found.results and [row["step"] for row in found.metrics] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("when", ["images are loaded", "it is measured", "it concludes"])
+def test_a_job_told_that_its_time_is_over_is_queued_again_when_it_does_not_train(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def told(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    def loads(*_: Any) -> Splits:
+        told()
+        return Splits(as_images(IMAGES), None)
+
+    module = importlib.import_module("moco.pretrain")
+    name = {"images are loaded": "_images", "it is measured": "draw_start", "it concludes": "draw_results"}[when]
+    monkeypatch.setattr(module, name, loads if name == "_images" else told)
+    run = moco.pretrain(settings(steps=1), out=tmp_path / "run", data=IMAGES)  # SLURM would end it here
+    assert (tmp_path / "told").read_text() == "requeue 7\n" and "trained encoder" in run.results
 
 
 def test_the_key_encoder_follows_by_one_momentum_step(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def own_device(accelerator: str) -> str:
     name = choose_accelerator(accelerator)
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID") if launched().by == "slurm" else None)
     # SLURM may show each of its tasks one GPU alone.
-    return f"cuda:{int(local) % torch.cuda.device_count()}" if name == "cuda" and local else name
+    return f"cuda:{int(local) % max(1, torch.cuda.device_count())}" if name == "cuda" and local else name
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def processes(config: EngineConfig) -> tuple[int, int]:
     if config.devices != "auto":
         return config.devices, config.nodes
     name = "cuda" if config.accelerator == "gpu" else config.accelerator
-    if name == "cpu" or hasattr(sys, "ps1"):  # a notebook cannot be started once more for each device
+    if name == "cpu" or getattr(sys, "ps1", None) is not None:  # a notebook cannot be started once more for each device
         return 1, config.nodes
     return max(1, ACCELERATOR_REGISTRY.get(name).auto_device_count()), config.nodes
 

@@ -113,6 +113,8 @@ def pretrain(
         run = earlier or Run(path, config)
         dist.first(run.remove_partial if earlier else run.begin)
         with run.logged() if dist.rank() == 0 else nullcontext():
+            if state is None:
+                _introduce(training, run, splits)
             with StopSignal() as signals:
                 try:
                     trained = _work(training, run, splits, state, signals, on_progress or (lambda progress: None))
@@ -133,9 +135,7 @@ def _work(
         Whether there was anything to do; not for a run that had finished.
     """
     leads = dist.rank() == 0
-    if state is None:
-        _introduce(training, run, splits)
-    elif leads:
+    if state and leads:
         log.info("continued at step %d of %d", training.done, training.total)
         saved = state.get("images", {"sha256": training.images})
         if saved["sha256"] != training.images:
@@ -179,16 +179,17 @@ def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSi
             told, due = signals.agreed(training.done, due=due, at_once=ends_epoch or finished)
             if ends_epoch and not training.in_memory:
                 share_bad(loader.bad, bad, num_images=training.num_images, max_bad=config.data.max_bad)
-            if told and looks and not finished:  # kNN may take longer than whoever told us waits
+            if told and looks:  # kNN may take longer than whoever told us waits
                 training.save(run, metrics, run.last, unlogged=True)
             if looks or training.done % config.monitor.log_every == 0:
                 _note(training, run, metrics, signals, show, look=bool(looks))
-            if dist.world_size() == 1:  # a signal that came while kNN was taken
-                told, due = signals.received, due or time.monotonic() - saved > config.monitor.save_every
+            if finished or dist.world_size() == 1:  # a signal that came while kNN was taken
+                due = due or time.monotonic() - saved > config.monitor.save_every
+                told, due = signals.agreed(training.done, due=due, at_once=True)
             if told or due or finished:
                 training.save(run, metrics, run.last)
                 saved = time.monotonic()
-            if told and not finished:
+            if told:
                 if dist.rank() == 0:
                     refresh(run, between=0, live=False)
                 raise Stopped(told, run.path)

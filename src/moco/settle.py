@@ -58,16 +58,15 @@ def _gone_on_with(config: PretrainConfig, earlier: Run, *, left_open: bool) -> P
     Args:
         config: settings to resume with.
         earlier: the run.
-        left_open: whether settings that `config` does not give, and that may change, stay as they were.
+        left_open: whether a choice that is left open (none, `auto`) stays as it was made, of settings that may change.
     """
     changed: dict[str, Any] = {}
     for name in fields():
         section, _, key = name.rpartition(".")
         given, begun = (getattr(getattr(each, section) if section else each, key) for each in (config, earlier.config))
-        not_given = left_open or key not in (getattr(config, section) if section else config).model_fields_set
-        may_stay = not_given if name in CONTINUABLE else section == "engine"
-        as_before = given in (None, "auto") and may_stay
-        if given == begun or as_before:
+        if given == begun or key not in (getattr(config, section) if section else config).model_fields_set:
+            continue
+        if given in (None, "auto") and (left_open if name in CONTINUABLE else section == "engine"):
             continue
         if name not in CONTINUABLE:
             raise ValueError(

@@ -72,26 +72,29 @@ def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> 
 
 def _wait_for(tables: Sequence[tuple[Path, Meta]], out: Path) -> None:
     """Wait until all are finished, but not for ever: whoever writes one may have died, or see another file system."""
-    began, said = time.time(), False
-    changed = began
+    began, said = time.monotonic(), False
+    asked, newest = began, _newest(out)
     while left := [folder.name for folder, meta in tables if not _finished(folder, meta)]:
-        if not said and time.time() - began > SAID_AFTER:
+        if not said and time.monotonic() - began > SAID_AFTER:
             said = True
             logging.getLogger("moco").info("waiting for %s, which other processes write", ", ".join(left))
-        if time.time() - changed > PATIENCE:
-            changed = max((_modified(file) for file in out.rglob("*")), default=0.0)
-        if time.time() - changed > PATIENCE:
-            raise RuntimeError(
-                f"no process has written to {out} for {PATIENCE / 60:g} minutes, and {', '.join(left)} is not "
-                "finished; start all processes again, with an --out that all machines see"
-            )
+        if time.monotonic() - asked > PATIENCE:
+            asked, before, newest = time.monotonic(), newest, _newest(out)
+            if newest == before:
+                raise RuntimeError(
+                    f"no process has written to {out} for {PATIENCE / 60:g} minutes, and {', '.join(left)} is not "
+                    "finished; start all processes again, with an --out that all machines see"
+                )
         time.sleep(WAIT)
 
 
-def _modified(file: Path) -> float:
-    with suppress(OSError):  # joined and removed in the meantime
-        return file.stat().st_mtime
-    return 0.0
+def _newest(out: Path) -> float:
+    """When a file below was changed last, by the clock of whoever keeps them."""
+    found = 0.0
+    for file in out.rglob("*"):
+        with suppress(OSError):  # joined and removed in the meantime
+            found = max(found, file.stat().st_mtime)
+    return found
 
 
 def _remove_shares(out: Path, meta: Meta) -> None:

@@ -237,6 +237,7 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
 
     Raises:
         ValueError: the images or the batch cannot be divided among the processes.
+        Exception: what fails on one rank alone, as reading weights; on the others a ValueError that says so.
     """
     train, world = splits.train, dist.world_size()
     if len(train) < world:
@@ -256,7 +257,7 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
     workers = config.data.workers
     if workers is None:
         workers = num_workers(sharing_cores(processes(config.engine)[0]))
-    specs = view_specs(config.views)
+    specs = dist.together(lambda: view_specs(config.views))  # which may be code of the user's
     views = TwoViews(specs, config.views.size, config.seed)
 
     def parts() -> tuple[Loader, MoCo, str]:

@@ -43,7 +43,7 @@ for _verb in (pretrain, evaluate, embed, search, explore, report, export, pack, 
 def _left(code: int) -> int:
     """After a failure, one of several processes leaves without what happens at exit, which could wait for the others.
 
-    What started them (torchrun, srun, the first one) ends the others once it has seen this one go.
+    The others end once this one has gone: torchrun or srun sees to it, or they see it themselves (`end_with_first`).
     """
     dist = sys.modules.get("moco.dist")
     if code and dist and dist.world_size() > 1:

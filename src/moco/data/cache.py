@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,8 +67,8 @@ def cached(
 ) -> tuple[Cached, dict[int, BadImage]]:
     """The cache of these files, which is made, finished or made anew if it is not there as it should be.
 
-    It holds for the files' names, sizes and times of change. Several processes may ask at once: one makes it, or each,
-    where the file system has no locks. Call inside `quiet_pillow`.
+    It holds for the files' names, sizes and times of change. Several processes may ask at once: one makes it, or where
+    the file system has no locks, one of each machine. Call inside `quiet_pillow`.
 
     Args:
         paths: image files.
@@ -95,7 +96,7 @@ def cached(
                 _mapped.cache_clear()  # of this name there may have been another file
             for other in place.iterdir():
                 if other.name != "lock" and not other.name.startswith(stem.name):
-                    shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
+                    shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
     except OSError as error:
         hint = "it goes on from there once there is room" if error.errno == errno.ENOSPC else "choose another folder"
         raise ValueError(f"data.cache {str(place)!r} cannot be written ({error.strerror}); {hint}") from None
@@ -116,9 +117,15 @@ def _digest(paths: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _alone(file: Path) -> Generator[bool]:
-    """Waits for other processes that make the same cache; false where none of them can be kept out."""
+    """Waits for other processes that make the same cache; false where those of other machines cannot be kept out."""
     with file.open("wb") as lock:
-        yield wait_for(lock)
+        if wait_for(lock):
+            yield True
+            return
+    of_machine = hashlib.sha256(f"{Path.home()},{file.absolute()}".encode("utf-8", "surrogateescape")).hexdigest()
+    with Path(tempfile.gettempdir(), f"moco-{of_machine[:12]}.lock").open("wb") as lock:
+        wait_for(lock)
+        yield False
 
 
 def _whole(stem: Path, count: int, channels: int) -> Int64[np.ndarray, "n 3"] | None:
@@ -174,14 +181,16 @@ def _make(paths: Sequence[str], stem: Path, *, side: int, channels: int) -> dict
 
 
 def _make_apart(paths: Sequence[str], stem: Path, *, side: int, channels: int) -> dict[int, BadImage]:
-    """As `_make` in a folder of its own, for others may be making the same; what is stopped here is begun anew."""
+    """As `_make` in a folder of this machine's own, for others may be making the same."""
     log = logging.getLogger("moco")
-    log.warning("%s has no file locks: processes that need this cache now each make it, one is kept", stem.parent)
-    with tempfile.TemporaryDirectory(prefix=f"{stem.name}.", dir=stem.parent) as own:
-        bad = _make(paths, Path(own, stem.name), side=side, channels=channels)
-        if _whole(stem, len(paths), channels) is None:  # what others may read from already stays
-            for kind in ("pixels", "rows"):
-                os.replace(Path(own, f"{stem.name}.{kind}"), f"{stem}.{kind}")
+    log.warning("%s has no file locks: machines that need this cache now each make it, one is kept", stem.parent)
+    own = stem.parent / f"{stem.name}.{socket.gethostname()}"
+    own.mkdir(exist_ok=True)
+    bad = _make(paths, own / stem.name, side=side, channels=channels)
+    if _whole(stem, len(paths), channels) is None:  # what others may read from already stays
+        for kind in ("pixels", "rows"):
+            os.replace(own / f"{stem.name}.{kind}", f"{stem}.{kind}")
+    shutil.rmtree(own, ignore_errors=True)
     return bad
 
 

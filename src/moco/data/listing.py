@@ -28,6 +28,8 @@ SMALL_SIDE = 64
 """Images of one size up to this many pixels a side are decoded once and held, if `data.memory` allows."""
 NUM_CHECKED = 100_000
 """Up to this many files every header is looked at before training; beyond, bad files show when they are read."""
+SAMPLED = 10
+"""Images whose headers tell whether there are some of 16 bits."""
 NUM_NAMED = 10
 """Bad files that the log names one by one."""
 _CHUNK = 256
@@ -71,11 +73,12 @@ def read_listing(listing: Listing, folder: Path, config: DataConfig, budget: flo
         pixels = pixels[good]
     kept = tuple(paths[i] for i in good)
     with quiet_pillow():
-        if has_16_bits(kept[0]):
+        wide = next(filter(has_16_bits, kept[:: max(1, len(kept) // SAMPLED)]), None)
+        if wide is not None:
             logging.getLogger("moco").warning(
-                "%r has 16 bits, which are scaled to 8: 65535 becomes 255. If your images use less of that range, as "
-                "scans of 12 bits do, they become too dark: scale them first",
-                kept[0],
+                "%r has 16 bits; read, they are scaled to 8: 65535 becomes 255. If your images use less of that range, "
+                "as scans of 12 bits do, they become too dark: scale them first",
+                wide,
             )
     known = None if labels is None else torch.tensor(labels)[good]
     skipped = tuple(paths[i] for i in sorted(bad))
