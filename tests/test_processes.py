@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,16 +27,17 @@ from distributed import Pair, Payload
 from moco import backbones, checkpoint, dist, stopping
 from moco.cli import main
 from moco.config import DataConfig, EvaluateConfig, PretrainConfig, merge, parse_config
-from moco.data import ArrayImages, FileImages, Loader, Splits
+from moco.data import ArrayImages, FileImages, Loader, Splits, as_images, load_data
 from moco.encoder import ImageEncoder, build_backbone
 from moco.evaluate import Task
-from moco.evaluate.reading import read
+from moco.evaluate.reading import Batches, hold, read
 from moco.monitor import AT_ONCE, shared
 from moco.ranks import share_bad, start_alike
 from moco.recipes import load_recipe
 from moco.run import Run
 from moco.stopping import Stopped
 from moco.training import Training
+from moco.views import OneView, view_specs
 from small import TINY, SmallBackbone
 
 two_processes = pytest.mark.dist
@@ -602,11 +603,15 @@ def test_a_run_that_goes_on_with_other_images_says_so(tmp_path: Path) -> None:
 
 
 def measured(folder: str, protocol: str) -> dict[str, float]:
-    return dict(moco.evaluate(folder, protocol, settings={"accelerator": "cpu", "precision": "fp32"}).figures)
+    name, _, form = protocol.partition(" ")
+    settings: dict[str, Any] = {"accelerator": "cpu", "precision": "fp32"}
+    if form:  # its batches are the processes' shares, and in fp64 their numbers too
+        settings |= {"form": form, "epochs": 2, "lr": 0.5, "precision": "fp64"}
+    return dict(moco.evaluate(folder, name, settings=settings).figures)
 
 
 @two_processes
-@pytest.mark.parametrize("protocol", ["knn", "linear"])
+@pytest.mark.parametrize("protocol", ["knn", "linear", "linear official"])
 def test_two_processes_find_what_one_finds_and_the_first_writes_it(protocol: str, pair: Pair, tmp_path: Path) -> None:
     for name in ("alone", "both"):
         run = Run.create(tmp_path / name, parse_config(TINY))
@@ -618,6 +623,40 @@ def test_two_processes_find_what_one_finds_and_the_first_writes_it(protocol: str
     assert pair(measured, str(tmp_path / "both"), protocol) == [alone] * 2
     written = [each.read_text() for each in sorted(tmp_path.glob("*/evaluations/*.json"))]
     assert len(written) == 2 and written[0] == written[1] and '"top1"' in written[0]
+
+
+def seen(kind: str, folder: str, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Ids of whole batches, and of each image in them a number that tells its view."""
+    data = DataConfig(source=folder, memory={"held": 1.0}.get(kind, 1e-9), workers=2, max_bad=0.1)
+    pixels = torch.randint(0, 256, (75, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = as_images(pixels) if kind == "array" else load_data(data).train
+    encoder = cast(ImageEncoder, nn.Linear(1, 1))  # says on which device
+    task = Task(encoder, None, Splits(images, None), EvaluateConfig(seed=3), lambda *_: None, data=data)
+    spec = view_specs(parse_config({"views": {"recipe": "cifar", "size": 8}}).views)[0]
+    batches = Batches(task, hold(task, images), OneView(spec, 8, 3), size, whole=True, share=True)
+    found = []
+    for epoch in range(2):
+        for batch in batches(epoch):
+            assert batch.shared == (dist.world_size() > 1 and len(batch.ids) == size // 2)
+            rows, ids = batch.whole(batch.views.double().sum((2, 3)))
+            found.append((ids, rows))
+    assert kind == "array" or batches.notes[0].startswith("1 of 75 training images could not be read")
+    return found
+
+
+@two_processes
+@pytest.mark.parametrize("kind", ["array", "held", "files"])
+def test_two_processes_share_the_batches_of_one(kind: str, pair: Pair, tmp_path: Path) -> None:
+    for number in range(75):
+        noise = torch.randint(0, 256, (80, 90, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / f"{number:02}.png")
+    broken = (tmp_path / "40.png").read_bytes()
+    (tmp_path / "40.png").write_bytes(broken[: len(broken) // 2])
+    alone = seen(kind, str(tmp_path), 16)
+    assert [len(ids) for ids, _ in alone] == [16, 16, 16, 16, 75 - 64 - (kind == "held")] * 2
+    for each in pair(seen, kind, str(tmp_path), 16):
+        for (ids, rows), (wanted, views) in zip(each, alone, strict=True):
+            assert torch.equal(ids, wanted) and torch.equal(rows, views)
 
 
 def read_some(paths: list[str], max_bad: float) -> dict[str, Any]:

@@ -271,12 +271,11 @@ def test_a_process_that_stopped_writing_is_not_waited_for(
 
     def waits(seconds: float) -> None:
         seen.append(seconds)
+        sleep(0.05)  # longer than a tick of the file system's clock
+        monkeypatch.setattr(shares, "PATIENCE", -1.0)  # from now on it looks each time
         if len(seen) < 4:  # the other still writes
             (out / "share-00001-of-00002").mkdir(exist_ok=True)
             (out / "share-00001-of-00002" / str(len(seen))).touch()
-        sleep(0.05)
-
-    monkeypatch.setattr(shares, "PATIENCE", 0.01)  # asked each time
 
     monkeypatch.setattr(shares.time, "sleep", waits)
     with caplog.at_level("INFO", logger="moco"), pytest.raises(RuntimeError, match="^no process has written to .*emb"):

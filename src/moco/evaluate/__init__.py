@@ -44,7 +44,7 @@ def evaluate(
     """Evaluate an encoder with a published protocol.
 
     Processes started by `torchrun` share the work on features, and on kNN's queries; all return what a single process
-    would find, and the first writes it.
+    would find, and the first writes it. With the published forms of `linear` that is so but for rounding.
 
     Args:
         source: folder of a run, or any checkpoint that `load_encoder` takes.
@@ -79,7 +79,7 @@ def evaluate(
     if number > 1 and (start.by != "torchrun" or not way.in_shares(given)):
         raise ValueError(
             f"{number} processes cannot share --protocol {protocol}{f' --form {given.form}' if given.form else ''}; "
-            "start one process (only knn and the fast form of linear are shared, under torchrun)"
+            "start one process (knn and linear, but for its form leftthomas, are shared, under torchrun)"
         )
     device = own_device(chosen.accelerator)
     encoder = load_encoder(source, backbone=backbone).to(device)

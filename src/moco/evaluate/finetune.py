@@ -256,7 +256,7 @@ def _train(
     layout = torch.channels_last if plan.precision == "bf16" else torch.contiguous_format
     network.train().to(memory_format=layout)
     running = torch.zeros((), device=device)
-    for batch, ids in chain.from_iterable(map(batches, range(plan.epochs))):
+    for batch, ids, _ in chain.from_iterable(map(batches, range(plan.epochs))):
         for group in optimizer.param_groups:
             group["lr"] = plan.lr(done) * group["rate"]
         batch = batch.to(next(classifier.parameters()).dtype, memory_format=layout)

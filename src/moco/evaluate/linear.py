@@ -102,7 +102,8 @@ PROTOCOL = Protocol(
     frozenset({"form", "labels", "epochs", "lr", "weight_decay", "batch_size"}),
     default_form=lambda encoder: "fast",
     fp32=frozenset(FORMS),
-    in_shares=lambda settings: settings.form in (None, "fast"),
+    # Statistics of a batch are not those of its shares.
+    in_shares=lambda settings: settings.form not in {name for name, form in FORMS.items() if form.drifting},
 )
 
 
@@ -142,7 +143,8 @@ def _published(task: Task, name: str) -> Outcome:
     before = tensors_of(encoder)
     source = hold(task, held.train)
     spec = replace(form.view, mean=encoder.mean, std=encoder.std)
-    batches = Batches(task, source, OneView(spec, encoder.input_size, settings.seed), batch_size, whole=True)
+    view = OneView(spec, encoder.input_size, settings.seed)
+    batches = Batches(task, source, view, batch_size, whole=True, share=not form.drifting)
     labels = labels_of(source.images).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
@@ -156,11 +158,12 @@ def _published(task: Task, name: str) -> Outcome:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(form, settings, epoch, is_vit=hasattr(encoder.backbone, "patch_embed"))
             total = torch.zeros((), device=device)
-            for step, (views, ids) in enumerate(batches(epoch)):
-                if form.drifting and len(ids) == 1:
+            for step, batch in enumerate(batches(epoch)):
+                if form.drifting and len(batch.ids) == 1:
                     continue  # one image has no batch statistics
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    inputs = encoder(views.to(dtype=dtype, memory_format=layout)).to(dtype)
+                    own = encoder(batch.views.to(dtype=dtype, memory_format=layout)).to(dtype)
+                inputs, ids = batch.whole(own)  # the frozen encoder is the work: every process trains the classifier
                 loss = F.cross_entropy(classifier(inputs), labels[ids.to(device)])
                 optimizer.zero_grad()
                 loss.backward()

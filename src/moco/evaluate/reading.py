@@ -25,7 +25,19 @@ IMAGES_AT_ONCE = 256
 DECODED_AT_ONCE = 32
 """Decoded images, which may be camera-sized, held until they are cropped."""
 
-Batch = tuple[Float[Tensor, "n c s s"], Int64[Tensor, " n"]]
+
+class Batch(NamedTuple):
+    """A view of each image, and its index among the images; `shared`: of several processes each has others of them."""
+
+    views: Float[Tensor, "n c s s"]
+    ids: Int64[Tensor, " n"]
+    shared: bool = False
+
+    def whole(self, rows: Float[Tensor, "n f"]) -> tuple[Float[Tensor, "m f"], Int64[Tensor, " m"]]:
+        """What was made of its views, and the ids, for the batch of all processes; no gradient flows through."""
+        if not self.shared:
+            return rows.detach(), self.ids
+        return dist.gather(rows.cpu()).to(rows.device), dist.gather(self.ids)
 
 
 class Read(NamedTuple):
@@ -174,10 +186,20 @@ class Batches:
         view: how views are made.
         batch_size: images per batch.
         whole: include all images, so that the last batch may be smaller; otherwise drop an incomplete batch.
+        share: of several processes each makes a share of every full batch; otherwise each makes all.
+
+    Raises:
+        ValueError: the processes cannot share a batch equally.
     """
 
-    def __init__(self, task: Task, held: Held, view: OneView, batch_size: int, *, whole: bool):
+    def __init__(self, task: Task, held: Held, view: OneView, batch_size: int, *, whole: bool, share: bool = False):
         images, seed = held.images, task.settings.seed
+        self._rank, self._world = (dist.rank(), dist.world_size()) if share else (0, 1)
+        if batch_size % self._world:
+            raise ValueError(
+                f"{self._world} processes cannot share a batch of {batch_size} equally; change --batch_size, or start "
+                "another number of processes"
+            )
         self._task, self._held, self._view, self._size, self._whole = task, held, view, batch_size, whole
         self._pixels = images.images.to(task.device) if isinstance(images, ArrayImages) else None
         self._bad: dict[str, BadImage] = {}
@@ -188,6 +210,8 @@ class Batches:
                 batch_size=batch_size,
                 seed=seed,
                 device=task.device,
+                rank=self._rank,
+                world_size=self._world,
                 workers=task.data.workers,
                 crop=view,
                 max_bad=task.data.max_bad,
@@ -195,30 +219,38 @@ class Batches:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on what could not be read so far."""
-        count = len(self._bad.keys() | set(self._loader.bad if self._loader else ()))
+        """Notes on what could not be read so far; all processes that share batches have to ask."""
+        bad = self._bad.keys() | set(self._loader.bad if self._loader else ())
+        if self._world > 1:
+            bad = {path for said in dist.everyone(json.dumps(sorted(bad))) for path in json.loads(said)}
+        count = len(bad)
         number = len(self._held.images)
         return (*self._held.notes, *([f"{count:,} of {number:,} training images could not be read."] if count else []))
 
     def __call__(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch; their order depends only on seed and epoch."""
+        """Yield the batches of an epoch, or this process's share of each; their order depends on seed and epoch."""
         images, size = self._held.images, self._size
         order = epoch_order(len(images), seed=self._task.settings.seed, epoch=epoch)
         full = order[: len(order) // size * size]
         rest = order[len(full) :] if self._whole else order[:0]
-        wanted = [ids for ids in (*full.split(size), rest) if len(ids)]
+        # An incomplete batch is small, and might not be shared equally: each process makes all of it.
+        wanted = [
+            *(ids[self._rank :: self._world] for ids in full.split(size) if len(ids)),
+            *([rest] if len(rest) else []),
+        ]
+        shared = [self._world > 1] * (len(full) // size) + [False]
         if self._pixels is not None:
-            for ids in wanted:
-                yield self._view(self._pixels[ids.to(self._task.device)], ids, epoch=epoch), ids
+            for ids, each in zip(wanted, shared, strict=False):
+                yield Batch(self._view(self._pixels[ids.to(self._task.device)], ids, epoch=epoch), ids, each)
         elif self._held.pixels is not None:
-            for crops, ids in self._cropped(self._held.pixels, wanted, epoch):
-                yield self._finished(crops, ids, epoch), ids
+            for (crops, ids), each in zip(self._cropped(self._held.pixels, wanted, epoch), shared, strict=False):
+                yield Batch(self._finished(crops, ids, epoch), ids, each)
         else:
             for crops, ids in self._loader.epoch(epoch) if self._loader else ():
-                yield self._finished(crops, ids, epoch), ids
+                yield Batch(self._finished(crops, ids, epoch), ids, self._world > 1)
             crops, ids = self._read(rest, epoch)  # the loader drops an incomplete batch
             if len(ids):
-                yield self._finished(crops, ids, epoch), ids
+                yield Batch(self._finished(crops, ids, epoch), ids)
 
     def _finished(self, crops: Tensor, ids: Tensor, epoch: int) -> Tensor:
         return self._view.finish(crops.to(self._task.device, non_blocking=True), ids, epoch=epoch)
