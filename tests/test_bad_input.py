@@ -62,7 +62,7 @@ def save_images(folder: Path, number: int) -> Path:
             ["--data", "nowhere"],
             ["data source 'nowhere' does not exist; expected one of digits", "or a folder of images"],
         ),
-        (["digits", "--data", "digit"], ["data source 'digit' does not exist", "did you mean 'digits'?"]),
+        (["digits", "--data", "digit"], ["data source 'digit' does not exist", "did you mean digits?"]),
         (
             ["digits", "--batch_size", "2048", "--model.queue_size", "4096"],
             ["batch_size is 2048, expected at most the number of images, 1442"],
@@ -75,7 +75,7 @@ def save_images(folder: Path, number: int) -> Path:
         (["digits", *CPU, "--model.backbone", "resnet81"], ["unknown backbone 'resnet81'", "the closest are resnet"]),
         (["digits", *CPU, "--model.variant", "v4"], ["unknown variant 'v4': expected one of v1, v2, v3"]),
         (["digits", *CPU, "--model.backbone", "vit_tiny_patch16_224"], ["no ResNet stem", "--model.stem imagenet"]),
-        (["digits", *CPU, "--views.recipe", "cifr"], ["unknown views.recipe 'cifr'", "did you mean 'cifar'?"]),
+        (["digits", *CPU, "--views.recipe", "cifr"], ["unknown views.recipe 'cifr'", "did you mean cifar?"]),
         (["digits", *CPU, "--views.recipe", "no_such.module:views"], ["views.recipe", "no_such"]),
         (["digits", *CPU, "--views.recipe", "math:no_such"], ["views.recipe", "no_such"]),
         (["digits", *CPU, "--views.recipe", "math:nan"], ["views.recipe", "math:nan"]),

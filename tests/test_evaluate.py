@@ -197,7 +197,7 @@ def test_what_is_no_protocol_is_refused_in_one_line(run: moco.Run, own: Callable
         "nowhere.at.all:f": "^protocol 'nowhere.at.all:f' cannot be imported",
         "a_stranger:number": "^protocol 'a_stranger:number' is 3; expected a function",
         "a_stranger:odd": "^protocol 'a_stranger:odd' returns 3; expected a moco.evaluate.Outcome$",
-        "linaer": "^unknown protocol 'linaer': expected one of knn.*; did you mean 'linear'",
+        "linaer": "^unknown protocol 'linaer': expected one of knn.*; did you mean linear",
     }.items():
         with pytest.raises(ValueError, match=message):
             evaluate(run.path, named)

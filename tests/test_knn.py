@@ -294,7 +294,7 @@ def test_of_a_tenth_of_the_labels_each_class_has_as_many_and_more_contain_fewer(
 
 
 def test_an_unknown_protocol_names_the_known_ones_and_the_closest(run):
-    with pytest.raises(ValueError, match="unknown protocol 'kn': expected one of knn.*; did you mean 'knn'"):
+    with pytest.raises(ValueError, match="unknown protocol 'kn': expected one of knn.*; did you mean knn"):
         moco.evaluate(run.path, "kn")
 
 

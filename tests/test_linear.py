@@ -280,7 +280,7 @@ def test_a_loss_that_is_no_number_ends_it_in_one_line():
 
 
 def test_what_is_unknown_is_answered_with_what_is_known():
-    with pytest.raises(ValueError, match="unknown form 'offical' of linear: expected one of .*did you mean 'official'"):
+    with pytest.raises(ValueError, match="unknown form 'offical' of linear: expected one of .*did you mean official"):
         evaluate(task(form="offical"))
 
 

@@ -125,7 +125,7 @@ def test_evaluating_a_run_gives_the_result_it_ended_with(run: Run, capsys: pytes
 
 
 def test_a_stranger_to_the_protocols_is_told_them(run: Run) -> None:
-    with pytest.raises(ValueError, match="^unknown protocol 'kn': expected one of knn.*; did you mean 'knn'"):
+    with pytest.raises(ValueError, match="^unknown protocol 'kn': expected one of knn.*; did you mean knn"):
         moco.evaluate(run.path, "kn")
 
 

@@ -1,6 +1,5 @@
 """Converting a finished table of embeddings for other programs."""
 
-import difflib
 import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from jaxtyping import Int64
 from PIL import Image
 
 from moco.data import BadImage, FileImages, Images
+from moco.explain import closest
 from moco.run import write_atomically
 from moco.spacing import evenly
 from moco.transforms import thumbnail
@@ -47,11 +47,8 @@ def convert(folder: str | Path, format: str, *, images: Images | None = None) ->
         PosixPath('emb/embeddings.parquet')
     """
     if format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1)
-        raise ValueError(
-            f"unknown format {format!r}: expected one of {', '.join(FORMATS)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        known = list(FORMATS)
+        raise ValueError(f"unknown format {format!r}: expected one of {', '.join(known)}{closest(format, known)}")
     return FORMATS[format](Path(folder), load(folder), images)
 
 

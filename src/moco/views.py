@@ -8,7 +8,6 @@ Operations follow torchvision's functional forms, on floats in [0, 1]. The recip
 the official CIFAR notebook, in their order of operations.
 """
 
-import difflib
 import importlib
 import math
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from moco.config import ViewsConfig
+from moco.explain import closest
 from moco.transforms import (
     Box,
     crop_resize,
@@ -91,10 +91,9 @@ def view_specs(config: ViewsConfig) -> tuple[ViewSpec, ViewSpec]:
     elif ":" in config.recipe:
         specs = _imported(config.recipe)
     else:
-        near = difflib.get_close_matches(config.recipe, VIEWS, n=1)
         raise ValueError(
             f"unknown views.recipe {config.recipe!r}: expected one of {', '.join(VIEWS)}, or package.module:function"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + closest(config.recipe, list(VIEWS))
         )
     if config.crop_min is not None:
         first, second = (replace(spec, crop_scale=(config.crop_min, spec.crop_scale[1])) for spec in specs)

@@ -1,6 +1,5 @@
 """Images in, from a name or a folder: `load_data` finds them, `Loader` deals them out."""
 
-import difflib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from moco.data.listed import is_list, load_list
 from moco.data.loader import Loader, epoch_order, resized
 from moco.data.shards import is_shards, load_shards
 from moco.data.stl10 import read_stl10, stl10, stl10_folder
+from moco.explain import closest
 
 __all__ = [
     "DATASETS",
@@ -93,11 +93,10 @@ def _load(config: DataConfig) -> Splits:
             return read_stl10(binary, config)
         read = cifar_folder(folder)
         return read(config) if read else load_folder(folder, config)
-    close = difflib.get_close_matches(config.source, DATASETS, n=1)
     raise ValueError(
         f"data source {config.source!r} {'is a file' if folder.exists() else 'does not exist'}; expected one of"
         f" {', '.join(DATASETS)}, or a folder of images or tar shards, a list (.csv, .tsv, .parquet) or an array file"
-        " (.npy, .npz, .pt)" + (f"; did you mean {close[0]!r}?" if close else "")
+        f" (.npy, .npz, .pt){closest(config.source, list(DATASETS))}"
     )
 
 

@@ -1,6 +1,5 @@
 """Evaluating an encoder: one protocol per file, and one contract (`moco.evaluate.contract`) for all."""
 
-import difflib
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from moco.evaluate import linear as probes
 from moco.evaluate.contract import HeldOut, Outcome, Protocol, Report, Task, accuracies, confusion, held_out
 from moco.evaluate.knn import knn
 from moco.evaluate.record import Evaluation, name_of
+from moco.explain import closest
 from moco.launch import launched
 from moco.run import Run
 from moco.views import view_specs
@@ -114,10 +114,9 @@ def protocol_named(name: str) -> Protocol:
     if name in EVALUATIONS:
         return EVALUATIONS[name]
     if ":" not in name:
-        near = difflib.get_close_matches(name, EVALUATIONS, n=1)
         raise ValueError(
             f"unknown protocol {name!r}: expected one of {', '.join(EVALUATIONS)}, or package.module:function"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + closest(name, list(EVALUATIONS))
         )
     try:
         found = pkgutil.resolve_name(name)

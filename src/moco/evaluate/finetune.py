@@ -4,7 +4,6 @@ Nothing is selected on the test images: settings are fixed beforehand, and resul
 """
 
 import copy
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from moco.engine import choose_precision
 from moco.evaluate.contract import HeldOut, Outcome, Protocol, Task, labels_of
 from moco.evaluate.knn import projected
 from moco.evaluate.reading import Batches, hold, read
+from moco.explain import closest
 from moco.optim import FUSED_DEVICES, learning_rate, resolved_lr
 from moco.views import OneView, ViewSpec
 
@@ -158,11 +158,8 @@ def kind(form: str | None, encoder: ImageEncoder) -> str:
     """
     form = form or ("vit" if hasattr(encoder.backbone, "patch_embed") else "resnet")
     if form not in FINETUNE:
-        near = difflib.get_close_matches(form, FINETUNE, n=1)
-        raise ValueError(
-            f"unknown form {form!r} of finetune: expected one of {', '.join(FINETUNE)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        known = list(FINETUNE)
+        raise ValueError(f"unknown form {form!r} of finetune: expected one of {', '.join(known)}{closest(form, known)}")
     return form
 
 

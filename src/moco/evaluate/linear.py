@@ -7,7 +7,6 @@ the short side to the encoder's size and crops nothing off it.
 """
 
 import copy
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from moco.encoder import ImageEncoder
 from moco.evaluate.contract import HeldOut, Outcome, Protocol, Task, accuracies, labels_of
 from moco.evaluate.probe import BATCH_SIZE, Settings, figures, passes, probe
 from moco.evaluate.reading import Batches, Read, hold, read
+from moco.explain import closest
 from moco.views import VIEWS, OneView, ViewSpec
 
 LOOK_EVERY = 10
@@ -89,11 +89,7 @@ def evaluate(task: Task) -> Outcome:
     name = task.settings.form or "fast"
     if name != "fast" and name not in FORMS:
         known = ["fast", *FORMS]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(
-            f"unknown form {name!r} of linear: expected one of {', '.join(known)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        raise ValueError(f"unknown form {name!r} of linear: expected one of {', '.join(known)}{closest(name, known)}")
     return _fast(task) if name == "fast" else _published(task, name)
 
 
