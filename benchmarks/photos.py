@@ -29,7 +29,8 @@ import rows
 from moco.allocator import keep_freed_memory
 from moco.config import ViewsConfig
 from moco.data import FileImages, Loader
-from moco.views import IMAGENET, TwoViews, view_specs
+from moco.draws import IMAGENET
+from moco.views import TwoViews, view_specs
 
 SIZE, COLLATED = 224, 128
 CAMERA = 3_000_000

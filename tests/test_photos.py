@@ -10,7 +10,8 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as tv
 
 from moco.data import FileImages, Loader
-from moco.views import IMAGENET, VIEWS, TwoViews
+from moco.draws import IMAGENET
+from moco.views import VIEWS, TwoViews
 
 BINS = 32
 MEAN, STD = (torch.tensor(each).view(3, 1, 1) for each in IMAGENET)

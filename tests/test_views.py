@@ -10,7 +10,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from moco import TwoViews
 from moco.config import ViewsConfig
-from moco.views import CIFAR10, IMAGENET, VIEWS, ViewSpec, crop_box, draws, parameters, view_specs
+from moco.draws import IMAGENET, crop_box, draws, parameters
+from moco.views import CIFAR10, VIEWS, ViewSpec, view_specs
 
 N = 24_000
 # Everything off but what a test is about; the statistics leave the values as they are.

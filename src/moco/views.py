@@ -1,8 +1,7 @@
 """Two random views of a whole batch at once, on the device.
 
-Every random number is a hash of (seed, epoch, image id, view, draw): an image's views do not depend on what else is in
-the batch, what ran before, or the device. That is what makes a resumed run see the same views. (Of tiny views, and on
-an accelerator, a library may round the last bit otherwise when the batch has another size.)
+What is done to an image follows from the seed, the epoch and its id alone (`moco.draws`). (Of tiny views, and on an
+accelerator, a library may round the last bit otherwise when the batch has another size.)
 
 Operations follow torchvision's functional forms, on floats in [0, 1]. The recipes are those of MoCo v1, v2, v3 and of
 the official CIFAR notebook, in their order of operations.
@@ -12,26 +11,23 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from moco.config import ViewsConfig
+from moco.draws import Boxes, Parameters, ViewSpec, crop_boxes, draws, parameters
 from moco.explain import closest
 from moco.transforms import (
-    Box,
     crop_resize,
     crop_resize_flip,
     gaussian_blur,
     jitter_colour_,
     normalise,
     to_grey,
-    whole_box,
 )
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -39,30 +35,6 @@ BLOCK = 800_000
 """Numbers of the images that are finished at a time on a CPU: five of 224 pixels a side, 3 MB."""
 
 Batch = Float[Tensor, "n c h w"]
-
-
-@dataclass(frozen=True)
-class ViewSpec:
-    """One view: what is done, how often, how strongly."""
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that the crop keeps."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the crop."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
-    """Strength of brightness, contrast, saturation and hue, applied in random order."""
-    jitter_p: float = 0.8
-    grey_p: float = 0.2
-    grey_first: bool = False
-    """Grey before the jitter (v1) instead of after it."""
-    blur_p: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Pixels."""
-    solarize_p: float = 0.0
-    mean: tuple[float, ...] = IMAGENET[0]
-    std: tuple[float, ...] = IMAGENET[1]
 
 
 _V1 = ViewSpec(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grey_first=True)
@@ -112,109 +84,6 @@ def _imported(name: str) -> tuple[ViewSpec, ViewSpec]:
     if not (isinstance(specs, tuple) and len(specs) == 2 and all(isinstance(spec, ViewSpec) for spec in specs)):
         raise ValueError(f"views.recipe {name!r} returns {specs!r:.80}; expected a pair of moco.views.ViewSpec")
     return specs
-
-
-# Numbers of the draws. A crop takes up to ten tries, as torchvision's does; an operation keeps its number for good.
-_TRIES = 10
-_AREA, _RATIO = range(0, _TRIES), range(_TRIES, 2 * _TRIES)
-_TOP, _LEFT, _FLIP, _JITTER, _GREY, _BLUR, _SIGMA, _SOLARIZE = range(20, 28)
-_STRENGTH, _ORDER = range(28, 32), range(32, 36)
-_DRAWS = 36
-
-
-class Parameters(NamedTuple):
-    """What happens to each of n images; on the CPU."""
-
-    top: Int64[Tensor, " n"]
-    left: Int64[Tensor, " n"]
-    height: Int64[Tensor, " n"]
-    width: Int64[Tensor, " n"]
-    flip: Tensor
-    jitter: Tensor  # bool: whether jittered at all
-    strength: Float64[Tensor, "n 4"]  # brightness, contrast and saturation factor, hue shift in turns
-    order: Int64[Tensor, "n 4"]  # operation at each position: 0 brightness, 1 contrast, 2 saturation, 3 hue
-    grey: Tensor
-    sigma: Float64[Tensor, " n"]  # pixels; 0: not blurred
-    solarize: Tensor
-
-
-def _mix(x: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64, whose products wrap."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def draws(ids: Int64[Tensor, " n"], *, seed: int, epoch: int, view: int) -> Float64[Tensor, "n d"]:
-    """Uniform numbers in [0, 1), one row per image."""
-    step = -0x61C8864680B583EB  # the golden ratio's odd 64-bit constant
-    state = torch.zeros_like(ids)
-    for word in (seed, epoch, view, ids):
-        state = _mix(state + word + step)
-    numbers = torch.arange(1, _DRAWS + 1) * step
-    return ((_mix(state[:, None] + numbers) >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
-
-
-Boxes = Callable[[int, int, int], list[Box]]
-"""(place in the batch, height, width of that image) -> the crop of each of its views."""
-
-
-def _sides(u: Float64[Tensor, "n d"], spec: ViewSpec) -> Float64[Tensor, "n t 2"]:
-    """Height and width of the crop at each try, in units of the square root of the image's area."""
-    (low, high), (narrow, broad) = spec.crop_scale, map(math.log, spec.crop_ratio)
-    area = low + (high - low) * u[:, _AREA.start : _AREA.stop]
-    ratio = torch.exp(narrow + (broad - narrow) * u[:, _RATIO.start : _RATIO.stop])
-    return torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2)
-
-
-def crop_box(
-    u: Float64[Tensor, "n d"], spec: ViewSpec, height: int, width: int
-) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"], Int64[Tensor, " n"], Int64[Tensor, " n"]]:
-    """Top, left, height, width by the rule of torchvision's RandomResizedCrop: ten tries, then a centred crop."""
-    h, w = (_sides(u, spec) * math.sqrt(height * width)).round().long().unbind(dim=2)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
-    top = (u[:, _TOP] * (height - h + 1)).floor().long()
-    left = (u[:, _LEFT] * (width - w + 1)).floor().long()
-    none = ~fits.any(dim=1)
-    for value, fallback in zip((top, left, h, w), whole_box(height, width, spec.crop_ratio), strict=True):
-        value.masked_fill_(none, fallback)
-    return top, left, h, w
-
-
-def crop_boxes(u: Float64[Tensor, "n d"], spec: ViewSpec) -> Boxes:
-    """The same to the pixel for images of any sizes, one at a time and without a tensor: for reading processes."""
-    sides, corners = _sides(u, spec).tolist(), u[:, [_TOP, _LEFT]].tolist()
-
-    def box(place: int, height: int, width: int) -> list[Box]:
-        unit, (down, right) = math.sqrt(height * width), corners[place]
-        for tall, broad in sides[place]:
-            h, w = round(tall * unit), round(broad * unit)
-            if 0 < h <= height and 0 < w <= width:
-                return [Box(math.floor(down * (height - h + 1)), math.floor(right * (width - w + 1)), h, w)]
-        return [whole_box(height, width, spec.crop_ratio)]
-
-    return box
-
-
-def parameters(u: Float64[Tensor, "n d"], spec: ViewSpec, height: int, width: int) -> Parameters:
-    """From uniform numbers to what is done to each image."""
-    strengths = torch.tensor(spec.jitter, dtype=torch.float64)
-    strength = 1 + strengths * (2 * u[:, _STRENGTH.start : _STRENGTH.stop] - 1)
-    strength[:, 3] -= 1
-    low, high = spec.blur_sigma
-    sigma = (low + (high - low) * u[:, _SIGMA]).masked_fill(u[:, _BLUR] >= spec.blur_p, 0)
-    return Parameters(
-        *crop_box(u, spec, height, width),
-        flip=u[:, _FLIP] < spec.flip,
-        jitter=u[:, _JITTER] < spec.jitter_p,
-        strength=strength,
-        order=u[:, _ORDER.start : _ORDER.stop].argsort(dim=1),
-        grey=u[:, _GREY] < spec.grey_p,
-        sigma=sigma,
-        solarize=u[:, _SOLARIZE] < spec.solarize_p,
-    )
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from moco.draws import IMAGENET
 from moco.foreign.layouts import Found
-from moco.views import CIFAR10, IMAGENET
+from moco.views import CIFAR10
 
 OURS = "checkpoint of moco"
 LIGHTLY, SOLO_LEARN = "checkpoint of lightly", "checkpoint of solo-learn"
