@@ -52,7 +52,7 @@ def saved(path: Path, **parts: Any) -> Path:
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"hf:somebody/photos needs the extra hf: pip install moco-ssl\[hf\]"):
+    with pytest.raises(ValueError, match=r'hf:somebody/photos needs an extra: run pip install "moco-ssl\[hf\]"'):
         load("hf:somebody/photos")
 
 

@@ -227,7 +227,7 @@ def test_what_is_no_parquet_and_a_missing_extra_are_said(photos: Path, monkeypat
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "needs the extra parquet: pip install moco-ssl[parquet]" in refusal(photos / "list.parquet")
+    assert 'needs an extra: run pip install "moco-ssl[parquet]"' in refusal(photos / "list.parquet")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are bytes")

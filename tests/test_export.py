@@ -406,7 +406,7 @@ def test_onnx_without_its_extra_says_what_to_install(
     encoder: ImageEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"onnxscript.*pip install moco-ssl\[onnx\]"):
+    with pytest.raises(ImportError, match=r'onnxscript.*pip install "moco-ssl\[onnx\]"'):
         export(encoder, tmp_path / "out", format="onnx")
     assert not list(tmp_path.iterdir())
 

@@ -63,7 +63,7 @@ def test_parquet_of_images_without_labels_has_nulls(tmp_path):
 def test_parquet_without_its_extra_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for call in (lambda: convert(folder, "parquet"), lambda: refuse_missing("parquet")):
-        with pytest.raises(ImportError, match=r"Parquet needs an extra: run pip install moco-ssl\[parquet\]"):
+        with pytest.raises(ImportError, match=r'Parquet needs an extra: run pip install "moco-ssl\[parquet\]"'):
             call()
 
 

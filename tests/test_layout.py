@@ -32,7 +32,7 @@ def test_vectors_of_similar_direction_lie_together_by_every_method(method):
 @pytest.mark.parametrize("method", ["umap", "pacmap"])
 def test_a_method_whose_package_is_missing_names_the_extra(method, monkeypatch):
     monkeypatch.setitem(sys.modules, method, None)
-    with pytest.raises(ImportError, match=r"pip install moco-ssl\[maps\]"):
+    with pytest.raises(ImportError, match=r'pip install "moco-ssl\[maps\]"'):
         coordinates(groups(5), method=method)
 
 

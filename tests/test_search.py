@@ -99,7 +99,8 @@ def test_an_approximate_search_says_what_it_cannot_do(monkeypatch):
         search(table(np.eye(4)), 0, approximate=True, farthest=True)
     monkeypatch.setitem(sys.modules, "usearch", None)
     monkeypatch.setitem(sys.modules, "usearch.index", None)
-    with pytest.raises(ImportError, match=r"approximate search needs an extra: run pip install moco-ssl\[ann\]"):
+    said = r'approximate search needs an extra: run pip install "moco-ssl\[ann\]", or in a clone: uv pip install -e'
+    with pytest.raises(ImportError, match=said):
         search(table(np.eye(4)), 0, approximate=True)
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 
+from moco.explain import install
+
 BLOCK = 2**24
 """Values added at a time."""
 KIND = "f16"
@@ -46,7 +48,7 @@ def _graph(vectors: np.ndarray, saved: Path | None) -> Any:
     try:
         from usearch.index import Index
     except ImportError:
-        raise ImportError("approximate search needs an extra: run pip install moco-ssl[ann]") from None
+        raise ImportError(f"approximate search needs an extra: run {install('ann')}") from None
     if saved and saved.is_file():
         try:
             index = Index.restore(saved, view=True)  # mapped, not read into memory

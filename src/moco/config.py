@@ -136,7 +136,7 @@ class MonitorConfig(Section):
     save_every: Annotated[float, Field(gt=0)] = 60.0
     """Seconds between checkpoints; one is also written at the end and on Ctrl-C and SIGTERM."""
     loggers: tuple[Literal["tensorboard"], ...] = ()
-    """Loggers besides metrics.csv; each needs the extra of its name: `pip install moco-ssl[tensorboard]`."""
+    """Loggers besides metrics.csv; each needs the extra of its name: `pip install "moco-ssl[tensorboard]"`."""
 
 
 class EngineConfig(Section):

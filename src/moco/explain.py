@@ -43,6 +43,11 @@ def closest(name: str, known: list[str]) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
+def install(extra: str) -> str:
+    """How to install the packages of an extra, for whoever has the released package and for whoever has a clone."""
+    return f'pip install "moco-ssl[{extra}]", or in a clone: uv pip install -e ".[{extra}]"'
+
+
 def _dotted(loc: tuple[int | str, ...], known: list[str]) -> str:
     """The name of a setting, without the list positions and union branches that pydantic appends to it."""
     for end in range(1, len(loc)):

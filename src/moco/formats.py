@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from PIL import Image
 
 from moco.data import BadImage, FileImages, Images
-from moco.explain import closest
+from moco.explain import closest, install
 from moco.run import write_atomically
 from moco.spacing import evenly
 from moco.transforms import thumbnail
@@ -174,5 +174,5 @@ def _pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise ImportError("Parquet needs an extra: run pip install moco-ssl[parquet]") from None
+        raise ImportError(f"Parquet needs an extra: run {install('parquet')}") from None
     return pyarrow

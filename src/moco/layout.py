@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from moco.explain import install
 from moco.spacing import evenly
 
 Method = Literal["tsne", "pca", "umap", "pacmap"]
@@ -127,7 +128,7 @@ def _mapping(method: Method, sample: np.ndarray, seed: int) -> Any:
     try:
         package: Any = importlib.import_module(method)
     except ImportError as error:
-        raise ImportError(f"{_NAMES[method]} needs an extra: run pip install moco-ssl[maps] ({error})") from None
+        raise ImportError(f"{_NAMES[method]} needs an extra ({error}): run {install('maps')}") from None
     if method == "umap":
         mapping = package.UMAP(n_neighbors=min(15, len(sample) - 1), init=start, random_state=seed, n_jobs=1)
         return mapping.fit_transform(sample)

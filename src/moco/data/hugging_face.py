@@ -16,6 +16,7 @@ from moco.data.arrays import ArrayImages
 from moco.data.images import Splits
 from moco.data.listing import HELD_OUT, Listing, first_labelled, read_listing
 from moco.data.members import HUGGING_FACE, facts_of, read_image
+from moco.explain import install
 
 
 def is_hugging_face(source: str) -> bool:
@@ -143,4 +144,4 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module("datasets")
     except ImportError:
-        raise ValueError(f"hf:{name} needs the extra hf: pip install moco-ssl[hf]") from None
+        raise ValueError(f"hf:{name} needs an extra: run {install('hf')}") from None

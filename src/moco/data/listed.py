@@ -16,6 +16,7 @@ from moco.data.arrays import ArrayImages
 from moco.data.images import Splits
 from moco.data.labels import numbered
 from moco.data.listing import HELD_OUT, Listing, read_listing
+from moco.explain import install
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 PATHS = ("path", "image", "file", "filename", "filepath")
@@ -181,7 +182,7 @@ def _from_parquet(path: Path) -> _Table:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"{str(path)!r} needs the extra parquet: pip install moco-ssl[parquet]") from None
+        raise ValueError(f"{str(path)!r} needs an extra: run {install('parquet')}") from None
     try:
         with parquet.ParquetFile(path) as file:
             names = {name.strip().lower(): name for name in reversed(file.schema_arrow.names)}

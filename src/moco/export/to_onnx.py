@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moco.encoder import num_heads
+from moco.explain import install
 from moco.export.contract import Subject, Written
 from moco.run import write_atomically
 from moco.unpickle import first_line
@@ -81,9 +82,7 @@ def _need(*packages: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError:
-            raise ImportError(
-                f"--format onnx needs {package}, which is not installed; run pip install moco-ssl[onnx]"
-            ) from None
+            raise ImportError(f"--format onnx needs {package}, which is not installed; run {install('onnx')}") from None
 
 
 @contextmanager
