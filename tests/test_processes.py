@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -804,6 +805,35 @@ def test_torchrun_measures_a_run_as_one_process_does(tmp_path: Path, capsys: pyt
     assert said(logs, 1) == said(logs, 1, "stdout") == ""
     [one], [two] = ([*(tmp_path / name).glob("*.json")] for name in ("one", "two"))
     assert one.name == two.name and one.read_text() == two.read_text()
+
+
+@pytest.mark.slow
+def test_srun_trains_and_measures_as_one_process_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the environment that srun gives its tasks; SLURM itself is not to be had here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    given = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "71"}
+    given |= {"SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NAME": "moco", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+
+    def srun(*arguments: Any) -> list[tuple[str, str]]:
+        command, pipe = [sys.executable, "-m", "moco.cli", *map(str, arguments)], subprocess.PIPE
+        environments = [os.environ | given | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")]
+        tasks = [subprocess.Popen(command, env=each, stdout=pipe, stderr=pipe, text=True) for each in environments]
+        printed = [task.communicate(timeout=200) for task in tasks]
+        assert [task.returncode for task in tasks] == [0, 0], printed
+        return printed
+
+    recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(TINY | {"steps": 10}))
+    (_, log), *others = srun("pretrain", recipe, "--out", run)
+    assert "processes: 2, each with" in log and others == [("", "")]
+    assert Run.open(run).metrics[-1]["step"] == 10
+    line = ["evaluate", str(run), "--protocol", "knn", "--json", "--out"]
+    (figures, _), _ = srun(*line, tmp_path / "two")
+    assert main([*line, str(tmp_path / "one")]) == 0
+    assert json.loads(figures)["figures"] == json.loads(capsys.readouterr().out)["figures"]
 
 
 def alive(process: int) -> bool:

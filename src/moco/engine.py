@@ -72,14 +72,18 @@ def own_device(accelerator: str) -> str:
 
 @contextmanager
 def met() -> Generator[None]:
-    """Within it, processes that torchrun started for something other than training can communicate, on the CPU.
+    """Within it, processes that torchrun or srun started for something other than training communicate, on the CPU.
 
     They wait up to a day for each other, because what one rank does alone may take hours.
     """
-    if launched().by != "torchrun" or torch.distributed.is_initialized():
+    start = launched()
+    if start.by not in ("torchrun", "slurm") or torch.distributed.is_initialized():
         yield
         return
-    torch.distributed.init_process_group("gloo", timeout=WAIT)
+    place = _environment(start)
+    os.environ |= {"MASTER_ADDR": place.main_address, "MASTER_PORT": str(place.main_port)}
+    world = (start.per_node or 1) * (start.nodes or 1)
+    torch.distributed.init_process_group("gloo", rank=start.rank, world_size=world, timeout=WAIT)
     try:
         yield
     finally:

@@ -43,8 +43,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate an encoder with a published protocol.
 
-    Processes started by `torchrun` share the work on features, and on kNN's queries; all return what a single process
-    would find, and the first writes it. With the published forms of `linear` that is so but for rounding.
+    Processes started by `torchrun` or `srun` share the work on features, and on kNN's queries; all return what a single
+    process would find, and the first writes it. With the published forms of `linear` that is so but for rounding.
 
     Args:
         source: folder of a run, or any checkpoint that `load_encoder` takes.
@@ -76,10 +76,10 @@ def evaluate(
     chosen = _resolved(given, way, run)
     start = launched()
     number = (start.per_node or 1) * (start.nodes or 1)
-    if number > 1 and (start.by != "torchrun" or not way.in_shares(given)):
+    if number > 1 and not way.in_shares(given):
         raise ValueError(
             f"{number} processes cannot share --protocol {protocol}{f' --form {given.form}' if given.form else ''}; "
-            "start one process (knn and linear, but for its form leftthomas, are shared, under torchrun)"
+            "start one process (knn and linear, but for its form leftthomas, are shared)"
         )
     device = own_device(chosen.accelerator)
     encoder = load_encoder(source, backbone=backbone).to(device)
