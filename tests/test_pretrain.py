@@ -40,6 +40,10 @@ class Pixels(nn.Module):
         return self.linear(images.flatten(1)).relu()
 
 
+class Killed(BaseException):
+    """No error that anybody handles."""
+
+
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds, and have tests of their own."""
@@ -146,6 +150,34 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError):
         moco.pretrain(settings(), out=tmp_path / "other", resume=tmp_path / "other", data=IMAGES)
+
+
+def test_killed_while_knn_is_taken_a_run_has_lost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, undisturbed, look = tmp_path / "run", tmp_path / "undisturbed", Monitor.look
+    config = settings({"monitor": {"log_every": 1, "every": 1, "save_every": 3600.0}})
+    looks: list[int] = []
+
+    def killed(monitor: Monitor) -> dict[str, float]:
+        looks.append(1)
+        if len(looks) == 2:
+            raise Killed
+        return look(monitor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.import_module("moco.pretrain"), "BEFORE_KNN", 0.0)
+        patched.setattr(Monitor, "look", killed)
+        with pytest.raises(Killed):
+            moco.pretrain(config, out=run, data=IMAGES)
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["step"] == 8
+    assert Run.open(run).metrics[-1]["step"] == 7
+    found, wanted = moco.pretrain(config, resume=run, data=IMAGES), moco.pretrain(config, out=undisturbed, data=IMAGES)
+    timed = ("images_per_second", "data_wait", "train_seconds", "cpu_seconds")
+    rows, others = (
+        [{n: v for n, v in row.items() if n not in timed} for row in each.metrics] for each in (found, wanted)
+    )
+    assert rows == others
+    end, other = (torch.load(each.last, weights_only=True)["model"] for each in (found, wanted))
+    assert all(torch.equal(end[name], other[name]) for name in other)
 
 
 def test_stopped_at_the_last_knn_or_while_it_concludes_a_run_goes_on_to_its_end(

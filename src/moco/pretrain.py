@@ -30,6 +30,8 @@ from moco.stopping import Stopped, StopSignal, part_in_order, queued_again
 from moco.training import Training, prepare
 
 log = logging.getLogger("moco")
+BEFORE_KNN = 10.0
+"""Seconds of training that may be lost to a kill while kNN is taken, which may take longer than whoever kills waits."""
 
 
 class Progress(NamedTuple):
@@ -175,16 +177,18 @@ def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSi
             ends_epoch = training.done % loader.steps_per_epoch == 0
             finished = training.done == training.total
             looks = finished or (ends_epoch and config.monitor.every and (epoch + 1) % config.monitor.every == 0)
-            due = time.monotonic() - saved > config.monitor.save_every
+            every = min(BEFORE_KNN, config.monitor.save_every) if looks else config.monitor.save_every
+            due = time.monotonic() - saved > every
             told, due = signals.agreed(training.done, due=due, at_once=ends_epoch or finished)
             if ends_epoch and not training.in_memory:
                 share_bad(loader.bad, bad, num_images=training.num_images, max_bad=config.data.max_bad)
-            if told and looks:  # kNN may take longer than whoever told us waits
+            if looks and (told or due):
                 training.save(run, metrics, run.last, unlogged=True)
+                saved = time.monotonic()
             if looks or training.done % config.monitor.log_every == 0:
                 _note(training, run, metrics, signals, show, look=bool(looks))
-            if finished or dist.world_size() == 1:  # a signal that came while kNN was taken
-                due = due or time.monotonic() - saved > config.monitor.save_every
+            if looks or dist.world_size() == 1:  # a signal that came while kNN was taken
+                due = time.monotonic() - saved > config.monitor.save_every
                 told, due = signals.agreed(training.done, due=due, at_once=True)
             if told or due or finished:
                 training.save(run, metrics, run.last)
