@@ -254,10 +254,12 @@ def watch():
         most = max(most, anonymous())
         time.sleep(0.002)
 
+own = moco.Embeddings(few, names[-64:], labels[-64:], None)
+moco.knn(own, own, k=1)  # what libraries set up at their first use is not the bank
 before = anonymous()
 watcher = threading.Thread(target=watch)
 watcher.start()
-got = moco.knn(moco.Embeddings(bank, names, labels, None), moco.Embeddings(few, names[-64:], labels[-64:], None), k=1)
+got = moco.knn(moco.Embeddings(bank, names, labels, None), own, k=1)
 done = True
 watcher.join()
 assert got["top1"] == 100.0, got
@@ -266,7 +268,7 @@ print(most - before)
     command = [sys.executable, "-c", check, str(tmp_path / "bank")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 100
+    assert float(done.stdout) < 100, done.stdout
 
 
 def test_an_evaluation_is_written_into_the_run(run):

@@ -180,6 +180,33 @@ def test_killed_while_knn_is_taken_a_run_has_lost_nothing(tmp_path: Path, monkey
     assert all(torch.equal(end[name], other[name]) for name in other)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_finished_run_made_longer_and_killed_at_its_last_knn_takes_it_again(
+    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, look = tmp_path / "run", Monitor.look
+    moco.pretrain(settings(steps=2), out=run, data=IMAGES)
+
+    def stopped(monitor: Monitor) -> dict[str, float]:
+        if not told:
+            raise Killed
+        signal.raise_signal(signal.SIGTERM)
+        return look(monitor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.import_module("moco.pretrain"), "BEFORE_KNN", 0.0)
+        patched.setattr(Monitor, "look", lambda monitor: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            moco.pretrain(settings(steps=4), resume=run, data=IMAGES)
+        patched.setattr(Monitor, "look", stopped)
+        with pytest.raises(Stopped if told else Killed):  # and once more, when only that is left to do
+            moco.pretrain(settings(steps=4), resume=run, data=IMAGES)
+    (run / "results.json").write_text((run / "results.json").read_text().replace("trained encoder", "of two steps"))
+    found = moco.pretrain(settings(steps=4), resume=run, data=IMAGES)
+    assert [row["step"] for row in found.metrics] == [1, 2, 3, 4] and "trained encoder" in found.results
+    assert not torch.load(found.last, weights_only=True)["unlogged"]
+
+
 def test_stopped_at_the_last_knn_or_while_it_concludes_a_run_goes_on_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

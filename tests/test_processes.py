@@ -28,10 +28,10 @@ from distributed import Pair, Payload
 from moco import backbones, checkpoint, dist, stopping
 from moco.cli import main
 from moco.config import DataConfig, EvaluateConfig, PretrainConfig, merge, parse_config
-from moco.data import ArrayImages, FileImages, Loader, Splits, as_images, load_data
+from moco.data import ArrayImages, FileImages, Loader, Splits, as_images, epoch_order, load_data
 from moco.encoder import ImageEncoder, build_backbone
 from moco.evaluate import Task
-from moco.evaluate.reading import Batches, hold, read
+from moco.evaluate.reading import Batches, Held, hold, read
 from moco.monitor import AT_ONCE, shared
 from moco.ranks import share_bad, start_alike
 from moco.recipes import load_recipe
@@ -643,6 +643,46 @@ def seen(kind: str, folder: str, size: int) -> list[tuple[Tensor, Tensor]]:
             found.append((ids, rows))
     assert kind == "array" or batches.notes[0].startswith("1 of 75 training images could not be read")
     return found
+
+
+def refuses(folder: str) -> str:
+    """Each process can read all but one, in its share."""
+    try:
+        data = DataConfig(source=folder, memory=1e-9, workers=0, max_bad=0.02)
+        images = FileImages(tuple(map(str, sorted(Path(folder).glob("*.png")))), None, None)
+        task = Task(cast(ImageEncoder, nn.Linear(1, 1)), None, Splits(images, None), EvaluateConfig(), print, data=data)
+        spec = view_specs(parse_config({"views": {"recipe": "cifar", "size": 8}}).views)[0]
+        for batch in Batches(task, Held(images), OneView(spec, 8, 3), 16, whole=False, share=True)(0):
+            batch.whole(batch.views.double().sum((2, 3)))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@two_processes
+def test_too_many_bad_files_of_both_stop_an_evaluation(pair: Pair, tmp_path: Path) -> None:
+    order = epoch_order(64, seed=0, epoch=0).tolist()
+    for number in range(64):
+        Image.new("RGB", (9, 8), (number, 7, 90)).save(tmp_path / f"{number:02}.png")
+    for place in (4, 9):  # one of each process's share
+        (tmp_path / f"{order[place]:02}.png").write_bytes(b"")
+    for line in pair(refuses, str(tmp_path)):
+        assert line.startswith(
+            "2 of 64 training images cannot be read, expected at most 2.00% in an evaluation: repair"
+        )
+
+
+def makes_all(size: int) -> list[int]:
+    pixels = as_images(torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
+    task = Task(cast(ImageEncoder, nn.Linear(1, 1)), None, Splits(pixels, None), EvaluateConfig(), print)
+    view = OneView(view_specs(parse_config({"views": {"recipe": "cifar", "size": 8}}).views)[0], 8)
+    return [len(batch.ids) for batch in Batches(task, Held(pixels), view, size, whole=True, share=True)(0)]
+
+
+@two_processes
+def test_a_batch_that_two_processes_cannot_share_is_made_by_both(pair: Pair) -> None:
+    assert pair(makes_all, 8) == [[4, 4, 4]] * 2
+    assert pair(makes_all, 7) == [[7, 7, 6]] * 2
 
 
 @two_processes

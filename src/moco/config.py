@@ -134,7 +134,7 @@ class MonitorConfig(Section):
     log_every: Count = 10
     """Steps between rows of metrics.csv; metrics stay on the device until then."""
     save_every: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds between checkpoints; one is also written at the end and on Ctrl-C and SIGTERM."""
+    """Seconds between checkpoints; one is also written before kNN is taken, at the end, and on Ctrl-C and SIGTERM."""
     loggers: tuple[Literal["tensorboard"], ...] = ()
     """Loggers besides metrics.csv; each needs the extra of its name: `pip install "moco-ssl[tensorboard]"`."""
 

@@ -34,6 +34,12 @@ def gather(x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     return rows.unflatten(0, (world, len(x))).transpose(0, 1).flatten(0, 1)
 
 
+def gather_through(x: Shaped[Tensor, "n ..."], device: torch.device) -> Shaped[Tensor, "m ..."]:
+    """`gather` of rows that lie anywhere: they travel by `device`, this rank's, where they cannot on the CPU."""
+    over_cpu = world_size() == 1 or torch_dist.get_backend() == "gloo"
+    return gather(x.cpu() if over_cpu else x.to(device)).to(x.device)
+
+
 def local(x: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "n ..."]:
     """This rank's rows of a global batch."""
     return x[rank() :: world_size()]
@@ -107,14 +113,13 @@ def in_shares(
     if world == 1:
         return work(range(total))
     each = -(-total // (at_once * world)) * at_once
-    device = torch.device("cpu") if torch_dist.get_backend() == "gloo" else device
     own = range(min(total, rank() * each), min(total, (rank() + 1) * each))
     out = room(total, width)  # before the work: it may not fit
     rows = work(own) if own else torch.empty(0, width)
     for at in range(0, each, at_once):
         block = torch.zeros(at_once, width)
         block[: max(0, len(rows) - at)] = rows[at : at + at_once]
-        for number, part in enumerate(gather(block.to(device)).cpu().unflatten(0, (at_once, world)).unbind(1)):
+        for number, part in enumerate(gather_through(block, device).unflatten(0, (at_once, world)).unbind(1)):
             start = min(total, number * each + at)
             stop = min(total, start + at_once)
             out[start:stop] = part[: stop - start]

@@ -82,10 +82,14 @@ def met() -> Generator[None]:
         return
     place = _environment(start)
     os.environ |= {"MASTER_ADDR": place.main_address, "MASTER_PORT": str(place.main_port)}
-    world = (start.per_node or 1) * (start.nodes or 1)
-    torch.distributed.init_process_group("gloo", rank=start.rank, world_size=world, timeout=WAIT)
+    world = int(os.environ["WORLD_SIZE"]) if start.by == "torchrun" else (start.per_node or 1) * (start.nodes or 1)
+    try:
+        torch.distributed.init_process_group("gloo", rank=start.rank, world_size=world, timeout=WAIT)
+    except torch.distributed.DistError as error:
+        raise _unconnected(error) from None
     try:
         yield
+        torch.distributed.barrier()  # the first process keeps their meeting place: a faster one may be at its next
     finally:
         torch.distributed.destroy_process_group()
 
@@ -211,16 +215,21 @@ def _launch(fabric: Fabric) -> None:
     except torch.distributed.DistError as error:
         for process in getattr(fabric.strategy.launcher, "procs", ()):  # they would wait for this one for long
             process.kill()
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        if "EADDRINUSE" in str(error):
-            raise ValueError(
-                f"port {os.environ.get('MASTER_PORT')} is in use; choose another for the processes to connect at: set "
-                "MASTER_PORT, or torchrun's --master-port"
-            ) from None
-        raise ValueError(
-            f"the processes could not connect at {place} ({_start(error)}); check that all were started and can reach "
-            "this address"
-        ) from None
+        raise _unconnected(error) from None
+
+
+def _unconnected(error: Exception) -> ValueError:
+    """Why the processes did not find each other, in one line."""
+    port = os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in str(error):
+        return ValueError(
+            f"port {port} is in use; choose another for the processes to connect at: set MASTER_PORT, or torchrun's "
+            "--master-port"
+        )
+    return ValueError(
+        f"the processes could not connect at {os.environ.get('MASTER_ADDR')}:{port} ({_start(error)}); check that all "
+        "were started and can reach this address"
+    )
 
 
 def ddp_options() -> dict[str, Any]:

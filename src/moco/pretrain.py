@@ -150,9 +150,9 @@ def _work(
         before = state.get("processes", 1)
         if before != dist.world_size():
             log.info(exactness(training.config, before, state.get("groups", 0), training.groups))
-    if dist.first(lambda: training.done == training.total and "trained encoder" in run.results):
-        return False
     unlogged = bool(state and state.get("unlogged"))
+    if dist.first(lambda: training.done == training.total and not unlogged and "trained encoder" in run.results):
+        return False
     keep = training.done - unlogged
     table = dist.together(lambda: MetricsWriter(run.path / "metrics.csv", COLUMNS, keep_until=keep, active=leads))
     with closing(table) as metrics:
@@ -160,6 +160,10 @@ def _work(
             training.save(run, metrics, run.last)  # from here on a killed run can be continued
         elif unlogged:
             _note(training, run, metrics, signals, show if leads else None, look=True)
+            told, _ = signals.agreed(training.done, due=False, at_once=True)
+            training.save(run, metrics, run.last)
+            if told:
+                raise Stopped(told, run.path)
         _train(training, run, metrics, signals, show if leads else None)
     return True
 

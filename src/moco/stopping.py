@@ -89,8 +89,9 @@ class StopSignal:
         now = time.monotonic()
         slow = now - self._asked_at > SLOW_STEP * max(1, step - self._asked)
         word, slow_anywhere = dist.agree((own, int(slow)))
+        if step != self._asked:  # else it is kNN that took long
+            self._every = 1 if slow_anywhere else ASK_EVERY
         self._asked, self._asked_at = step, time.monotonic()
-        self._every = 1 if slow_anywhere else ASK_EVERY
         if word == FAILED:
             dist.fail_together(self.failure)
         return max(0, word - 1), word > 0

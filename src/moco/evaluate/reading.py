@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,9 +14,11 @@ from torch import Tensor
 from moco import dist
 from moco.data import ArrayImages, BadImage, Images, Loader, epoch_order
 from moco.data.listing import NUM_NAMED
+from moco.data.loader import num_workers
 from moco.embed import read_features
 from moco.encoder import ImageEncoder
 from moco.evaluate.contract import ROWS_AT_ONCE, Task
+from moco.launch import launched, own_cores, sharing_cores
 from moco.scratch import room
 from moco.views import OneView
 
@@ -37,7 +38,7 @@ class Batch(NamedTuple):
         """What was made of its views, and the ids, for the batch of all processes; no gradient flows through."""
         if not self.shared:
             return rows.detach(), self.ids
-        return dist.gather(rows.cpu()).to(rows.device), dist.gather(self.ids)
+        return dist.gather_through(rows, rows.device), dist.gather_through(self.ids, rows.device)
 
 
 class Read(NamedTuple):
@@ -186,20 +187,22 @@ class Batches:
         view: how views are made.
         batch_size: images per batch.
         whole: include all images, so that the last batch may be smaller; otherwise drop an incomplete batch.
-        share: of several processes each makes a share of every full batch; otherwise each makes all.
-
-    Raises:
-        ValueError: the processes cannot share a batch equally.
+        share: of several processes each makes a share of every full batch, if it can be shared equally; otherwise each
+            makes all of it.
     """
 
     def __init__(self, task: Task, held: Held, view: OneView, batch_size: int, *, whole: bool, share: bool = False):
         images, seed = held.images, task.settings.seed
         self._rank, self._world = (dist.rank(), dist.world_size()) if share else (0, 1)
         if batch_size % self._world:
-            raise ValueError(
-                f"{self._world} processes cannot share a batch of {batch_size} equally; change --batch_size, or start "
-                "another number of processes"
+            logging.getLogger("moco").warning(
+                "%d processes cannot share a batch of %d equally, so each makes all of it; another --batch_size, or "
+                "another number of processes, would be faster",
+                self._world,
+                batch_size,
             )
+            self._rank, self._world = 0, 1
+        self._here = launched().per_node or dist.world_size()  # processes that share this machine's cores
         self._task, self._held, self._view, self._size, self._whole = task, held, view, batch_size, whole
         self._pixels = images.images.to(task.device) if isinstance(images, ArrayImages) else None
         self._bad: dict[str, BadImage] = {}
@@ -212,7 +215,7 @@ class Batches:
                 device=task.device,
                 rank=self._rank,
                 world_size=self._world,
-                workers=task.data.workers,
+                workers=num_workers(sharing_cores(self._here)) if task.data.workers is None else task.data.workers,
                 crop=view,
                 max_bad=task.data.max_bad,
             )
@@ -220,11 +223,7 @@ class Batches:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on what could not be read so far; all processes that share batches have to ask."""
-        bad = self._bad.keys() | set(self._loader.bad if self._loader else ())
-        if self._world > 1:
-            bad = {path for said in dist.everyone(json.dumps(sorted(bad))) for path in json.loads(said)}
-        count = len(bad)
-        number = len(self._held.images)
+        count, number = len(self._unreadable()), len(self._held.images)
         return (*self._held.notes, *([f"{count:,} of {number:,} training images could not be read."] if count else []))
 
     def __call__(self, epoch: int) -> Iterator[Batch]:
@@ -251,6 +250,24 @@ class Batches:
             crops, ids = self._read(rest, epoch)  # the loader drops an incomplete batch
             if len(ids):
                 yield Batch(self._finished(crops, ids, epoch), ids)
+            if self._world > 1:
+                self._refuse_too_many()
+
+    def _unreadable(self) -> set[str]:
+        """Files that could not be read so far, by any process that shares the batches; all of these have to ask."""
+        own = self._bad.keys() | set(self._loader.bad if self._loader else ())
+        if self._world == 1:
+            return set(own)
+        return {path for said in dist.everyone(json.dumps(sorted(own))) for path in json.loads(said)}
+
+    def _refuse_too_many(self) -> None:
+        """As a single process would; each of several has met those of its own share."""
+        bad, number, most = self._unreadable(), len(self._held.images), self._task.data.max_bad
+        if len(bad) > most * number:
+            raise ValueError(
+                f"{len(bad)} of {number} training images cannot be read, expected at most {most:.2%} in an evaluation: "
+                f"repair or remove them: {', '.join(map(repr, sorted(bad)[:5]))}"
+            )
 
     def _finished(self, crops: Tensor, ids: Tensor, epoch: int) -> Tensor:
         return self._view.finish(crops.to(self._task.device, non_blocking=True), ids, epoch=epoch)
@@ -259,7 +276,7 @@ class Batches:
         self, pixels: Sequence[Tensor], wanted: Sequence[Tensor], epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Crops of decoded files; those of the next batch are made while the current one is processed."""
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(own_cores(self._here)) as pool:
             waiting: deque[tuple[Tensor, list[Future[Tensor]]]] = deque()
             for ids in [*wanted, None]:
                 if ids is not None:
