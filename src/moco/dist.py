@@ -5,13 +5,16 @@ image of the global batch as a batch-norm group then means the same on one proce
 """
 
 import datetime
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
+
+from moco.launch import launched
 
 Answer = TypeVar("Answer")
 
@@ -22,6 +25,11 @@ def world_size() -> int:
 
 def rank() -> int:
     return torch_dist.get_rank() if torch_dist.is_available() and torch_dist.is_initialized() else 0
+
+
+def on_this_machine() -> int:
+    """Number of processes that share the cores this one may use."""
+    return launched().per_node or world_size()
 
 
 def gather(x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
@@ -173,6 +181,11 @@ def everyone(text: str) -> list[str]:
     if world_size() > 1:
         torch_dist.all_gather_object(said, text, group=_words)
     return said
+
+
+def union(names: Iterable[str]) -> set[str]:
+    """Names that any rank gives."""
+    return {name for said in everyone(json.dumps(sorted(names))) for name in json.loads(said)}
 
 
 def fail_together(error: Exception | None) -> None:

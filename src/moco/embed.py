@@ -23,7 +23,7 @@ from moco.config import DataConfig
 from moco.data import ArrayImages, BadImage, FileImages, Images, as_images, load_data, resized
 from moco.data.decode import decode, quiet_pillow
 from moco.encoder import ImageEncoder
-from moco.launch import launched, own_cores
+from moco.launch import own_cores
 from moco.scratch import room
 from moco.shares import write_shared
 from moco.table import Unreadable, Writer
@@ -248,7 +248,7 @@ def _batches(
             return bad
 
     # As many threads as this process may use cores: each holds one picture at its full size.
-    with quiet_pillow(), ThreadPoolExecutor(own_cores(launched().per_node or dist.world_size())) as pool:
+    with quiet_pillow(), ThreadPoolExecutor(own_cores(dist.on_this_machine())) as pool:
         waiting: deque[tuple[range, list[Future[Tensor | BadImage]]]] = deque()
         try:
             for which in [*batches, *[range(0)] * READ_AHEAD]:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moco import dist
 from moco.allocator import keep_freed_memory
 from moco.config import EngineConfig
-from moco.launch import Launch, check_started, launched, sharing_cores
+from moco.launch import Launch, check_started, launched, local_rank, placed, sharing_cores
 from moco.stopping import end_with_first
 
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -65,9 +65,9 @@ def choose_accelerator(name: str) -> str:
 def own_device(accelerator: str) -> str:
     """The device of this process; processes that torchrun or SLURM starts on one machine have a device each."""
     name = choose_accelerator(accelerator)
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID") if launched().by == "slurm" else None)
+    local = local_rank()
     # SLURM may show each of its tasks one GPU alone.
-    return f"cuda:{int(local) % max(1, torch.cuda.device_count())}" if name == "cuda" and local else name
+    return name if name != "cuda" or local is None else f"cuda:{local % max(1, torch.cuda.device_count())}"
 
 
 @contextmanager
@@ -82,9 +82,9 @@ def met() -> Generator[None]:
         return
     place = _environment(start)
     os.environ |= {"MASTER_ADDR": place.main_address, "MASTER_PORT": str(place.main_port)}
-    world = int(os.environ["WORLD_SIZE"]) if start.by == "torchrun" else (start.per_node or 1) * (start.nodes or 1)
+    rank, world = placed()
     try:
-        torch.distributed.init_process_group("gloo", rank=start.rank, world_size=world, timeout=WAIT)
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=WAIT)
     except torch.distributed.DistError as error:
         raise _unconnected(error) from None
     try:

@@ -43,9 +43,31 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch("alone", int(here.get("NODE_RANK", "0")))
 
 
+def placed(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Rank of this process and number of processes, from torchrun's `RANK` and `WORLD_SIZE`, or from SLURM.
+
+    Args:
+        environment: variables by name.
+    """
+    start = launched(environment)
+    if start.by == "slurm" and start.per_node and start.nodes:
+        return start.rank, start.per_node * start.nodes
+    return int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+
+
+def local_rank(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Number of this process among those of its machine; None: nobody has counted them.
+
+    Args:
+        environment: variables by name.
+    """
+    said = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID"))
+    return int(said) if said else None
+
+
 def started_by_first() -> bool:
     """Whether this machine's first process of the run is the parent of this one."""
-    return launched().by == "first" and os.environ.get("LOCAL_RANK", "0") != "0"
+    return launched().by == "first" and local_rank() != 0
 
 
 def check_started(environment: Mapping[str, str] = os.environ) -> None:

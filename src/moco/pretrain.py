@@ -162,8 +162,7 @@ def _work(
             _note(training, run, metrics, signals, show if leads else None, look=True)
             told, _ = signals.agreed(training.done, due=False, at_once=True)
             training.save(run, metrics, run.last)
-            if told:
-                raise Stopped(told, run.path)
+            _stop_if(told, run)
         _train(training, run, metrics, signals, show if leads else None)
     return True
 
@@ -197,14 +196,19 @@ def _train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSi
             if told or due or finished:
                 training.save(run, metrics, run.last)
                 saved = time.monotonic()
-            if told:
-                if dist.rank() == 0:
-                    refresh(run, between=0, live=False)
-                raise Stopped(told, run.path)
+            _stop_if(told, run)
             if finished:
                 break
     if dist.rank() == 0:
         log.info("trained %d steps in %.0f s", training.done - first, training.clock.state()["train_seconds"])
+
+
+def _stop_if(told: int, run: Run) -> None:
+    """Stop for a signal, if there was one, once all is saved."""
+    if told:
+        if dist.rank() == 0:
+            refresh(run, between=0, live=False)
+        raise Stopped(told, run.path)
 
 
 def _note(

@@ -1,14 +1,13 @@
 """Several processes write a table together: each a share of its rows, which the first joins at the end."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from moco import dist
-from moco.launch import launched
+from moco.launch import placed
 from moco.table import join, same_table, sweep
 from moco.vectors import FILES, META, Meta, read_meta, shares
 
@@ -19,13 +18,8 @@ SAID_AFTER, PATIENCE = 10.0, 600.0
 
 
 def own_share() -> tuple[int, int]:
-    """Rank of this process and number of processes, from torchrun's `RANK` and `WORLD_SIZE`, or from SLURM."""
-    if dist.world_size() > 1:  # after training, in a script
-        return dist.rank(), dist.world_size()
-    start = launched()
-    if start.by == "slurm" and start.per_node and start.nodes:
-        return start.rank, start.per_node * start.nodes
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Rank of this process and number of processes: of those that are connected, as after training, else `placed`."""
+    return (dist.rank(), dist.world_size()) if dist.world_size() > 1 else placed()
 
 
 def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> None:

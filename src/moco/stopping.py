@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from moco import dist
-from moco.launch import started_by_first
+from moco.launch import local_rank, started_by_first
 
 ASK_EVERY = 10
 """Steps between rounds in which ranks ask each other whether one of them has to stop or save."""
@@ -109,7 +109,7 @@ def queued_again() -> Generator[None]:
 
     def queue(signum: int, frame: FrameType | None) -> None:
         # One of each machine: the run's first process may be waiting for the others, and then runs no Python.
-        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        if not local_rank():
             _queue_again()
 
     before = signal.signal(signal.SIGUSR1, queue) if "SLURM_JOB_ID" in os.environ else None

@@ -17,6 +17,7 @@ from moco.data.cache import cached
 from moco.data.decode import BadImage, check_header, decode, has_16_bits, quiet_pillow
 from moco.data.images import FileImages, Images
 from moco.data.index import SUFFIXES
+from moco.spacing import evenly
 
 HELD_OUT = ("test", "val", "valid", "validation")
 """Names of the part that is kept for evaluation, of every kind of source, in the order in which they are looked for.
@@ -73,7 +74,7 @@ def read_listing(listing: Listing, folder: Path, config: DataConfig, budget: flo
         pixels = pixels[good]
     kept = tuple(paths[i] for i in good)
     with quiet_pillow():
-        wide = next(filter(has_16_bits, kept[:: max(1, len(kept) // SAMPLED)]), None)
+        wide = next(filter(has_16_bits, (kept[i] for i in evenly(len(kept), SAMPLED))), None)
         if wide is not None:
             logging.getLogger("moco").warning(
                 "%r has 16 bits; read, they are scaled to 8: 65535 becomes 255. If your images use less of that range, "

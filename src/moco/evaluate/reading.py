@@ -18,7 +18,7 @@ from moco.data.loader import num_workers
 from moco.embed import read_features
 from moco.encoder import ImageEncoder
 from moco.evaluate.contract import ROWS_AT_ONCE, Task
-from moco.launch import launched, own_cores, sharing_cores
+from moco.launch import own_cores, sharing_cores
 from moco.scratch import room
 from moco.views import OneView
 
@@ -129,16 +129,21 @@ def left_out(bad: Sequence[BadImage], num_images: int, part: str, max_bad: float
     """
     count = known + len(bad)
     if count > max_bad * num_images or count == num_images:
-        raise ValueError(
-            f"{count} of {num_images} {part} images cannot be read, expected at most {max_bad:.2%} in an evaluation: "
-            "repair or remove them: " + "; ".join(f"{each.path!r} ({each.reason})" for each in bad[:5])
-        )
+        named = [f"{each.path!r} ({each.reason})" for each in bad]
+        raise _too_many(count, num_images, part, max_bad, named)
     log = logging.getLogger("moco")
     for each in bad[: max(0, NUM_NAMED - known)]:
         log.warning("left out of the evaluation: %s", each)
     if count > NUM_NAMED:
         log.warning("left out of the evaluation, in all: %d of %d %s images", count, num_images, part)
     return f"{count:,} of {num_images:,} {part} images could not be read and were left out."
+
+
+def _too_many(count: int, num_images: int, part: str, max_bad: float, named: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{count} of {num_images} {part} images cannot be read, expected at most {max_bad:.2%} in an evaluation: "
+        f"repair or remove them: {'; '.join(named[:5])}"
+    )
 
 
 class Held(NamedTuple):
@@ -202,7 +207,6 @@ class Batches:
                 batch_size,
             )
             self._rank, self._world = 0, 1
-        self._here = launched().per_node or dist.world_size()  # processes that share this machine's cores
         self._task, self._held, self._view, self._size, self._whole = task, held, view, batch_size, whole
         self._pixels = images.images.to(task.device) if isinstance(images, ArrayImages) else None
         self._bad: dict[str, BadImage] = {}
@@ -215,7 +219,9 @@ class Batches:
                 device=task.device,
                 rank=self._rank,
                 world_size=self._world,
-                workers=num_workers(sharing_cores(self._here)) if task.data.workers is None else task.data.workers,
+                workers=num_workers(sharing_cores(dist.on_this_machine()))
+                if task.data.workers is None
+                else task.data.workers,
                 crop=view,
                 max_bad=task.data.max_bad,
             )
@@ -256,18 +262,13 @@ class Batches:
     def _unreadable(self) -> set[str]:
         """Files that could not be read so far, by any process that shares the batches; all of these have to ask."""
         own = self._bad.keys() | set(self._loader.bad if self._loader else ())
-        if self._world == 1:
-            return set(own)
-        return {path for said in dist.everyone(json.dumps(sorted(own))) for path in json.loads(said)}
+        return dist.union(own) if self._world > 1 else own
 
     def _refuse_too_many(self) -> None:
         """As a single process would; each of several has met those of its own share."""
         bad, number, most = self._unreadable(), len(self._held.images), self._task.data.max_bad
         if len(bad) > most * number:
-            raise ValueError(
-                f"{len(bad)} of {number} training images cannot be read, expected at most {most:.2%} in an evaluation: "
-                f"repair or remove them: {', '.join(map(repr, sorted(bad)[:5]))}"
-            )
+            raise _too_many(len(bad), number, "training", most, list(map(repr, sorted(bad))))
 
     def _finished(self, crops: Tensor, ids: Tensor, epoch: int) -> Tensor:
         return self._view.finish(crops.to(self._task.device, non_blocking=True), ids, epoch=epoch)
@@ -276,7 +277,7 @@ class Batches:
         self, pixels: Sequence[Tensor], wanted: Sequence[Tensor], epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Crops of decoded files; those of the next batch are made while the current one is processed."""
-        with ThreadPoolExecutor(own_cores(self._here)) as pool:
+        with ThreadPoolExecutor(own_cores(dist.on_this_machine())) as pool:
             waiting: deque[tuple[Tensor, list[Future[Tensor]]]] = deque()
             for ids in [*wanted, None]:
                 if ids is not None:
