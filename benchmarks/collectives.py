@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from moco.batchnorm import SyncBatchNorm
 from moco.config import PretrainConfig
+from moco.method.batchnorm import SyncBatchNorm
+from moco.method.variants import build_model
+from moco.parallel.signals import ASK_EVERY
 from moco.recipes import load_recipe
-from moco.stopping import ASK_EVERY
-from moco.variants import build_model
 
 WITHIN, BETWEEN, LATENCY = 300e9, 25e9, 3e-5
 """Assumptions: bytes/s of a GPU inside a node of 8 and between nodes, seconds of a small message."""

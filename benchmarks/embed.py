@@ -18,9 +18,11 @@ from PIL import Image, ImageFilter
 
 import rows
 from moco.data import ArrayImages
-from moco.embed import embed_to, features
-from moco.encoder import ImageEncoder, build_backbone
-from moco.engine import choose_accelerator, choose_precision
+from moco.embeddings.embed import embed_to
+from moco.embeddings.features import features
+from moco.method.backbones import build_backbone
+from moco.method.encoder import ImageEncoder
+from moco.parallel.device import choose_accelerator, choose_precision
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 
 import rows
 from moco.evaluate import evaluate
-from moco.run import Run
+from moco.storage.run import Run
 
 
 def main() -> None:

@@ -12,11 +12,12 @@ import moco
 import rows
 from moco.config import DataConfig, EvaluateConfig
 from moco.data import Splits, load_data
-from moco.encoder import ImageEncoder
-from moco.engine import choose_precision
 from moco.evaluate import Task
 from moco.evaluate.contract import accuracies
-from moco.evaluate.linear import FORMS, LOOK_EVERY, evaluate
+from moco.evaluate.linear import evaluate
+from moco.evaluate.linear_published import FORMS, LOOK_EVERY
+from moco.method.encoder import ImageEncoder
+from moco.parallel.device import choose_precision
 
 
 def timed(encoder: ImageEncoder, splits: Splits, settings: EvaluateConfig) -> dict[str, float]:

@@ -24,8 +24,9 @@ import rows
 from moco.config import parse_config
 from moco.data import load_data
 from moco.data.loader import num_workers
-from moco.engine import build_fabric, resolve
-from moco.training import Training, prepare
+from moco.parallel.fabric import build_fabric, resolve
+from moco.training.build import prepare
+from moco.training.step import Training
 
 
 def training_of(options: argparse.Namespace) -> Training:

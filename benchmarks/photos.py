@@ -26,11 +26,11 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 
 import rows
-from moco.allocator import keep_freed_memory
 from moco.config import ViewsConfig
 from moco.data import FileImages, Loader
-from moco.draws import IMAGENET
-from moco.views import TwoViews, view_specs
+from moco.parallel.device import keep_freed_memory
+from moco.views.specs import IMAGENET, view_specs
+from moco.views.two_views import TwoViews
 
 SIZE, COLLATED = 224, 128
 CAMERA = 3_000_000

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import rows
-from moco.search import Asked, answer
-from moco.vectors import Embeddings
+from moco.embeddings.search import Asked, answer
+from moco.embeddings.table import Embeddings
 
 
 def main() -> None:

@@ -22,12 +22,13 @@ import torch
 import rows
 from moco.config import DataConfig, ViewsConfig
 from moco.data import FileImages, Loader, load_data
-from moco.data.folder import load_folder
-from moco.data.index import ensure
-from moco.data.members import read_image
-from moco.data.tar import scan
-from moco.pack import pack
-from moco.views import TwoViews, view_specs
+from moco.data.packing.pack import pack
+from moco.data.places.open import read_image
+from moco.data.places.tar_headers import scan
+from moco.data.places.tar_index import ensure
+from moco.data.sources.folder import load_folder
+from moco.views.specs import view_specs
+from moco.views.two_views import TwoViews
 
 STREAMED = 1e-9
 TARS = 200

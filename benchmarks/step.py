@@ -30,9 +30,10 @@ from torch import nn
 import rows
 from moco.config import parse_config
 from moco.data import ArrayImages, Splits
-from moco.engine import build_fabric, resolve
-from moco.run import MetricsWriter
-from moco.training import Training, prepare
+from moco.parallel.fabric import build_fabric, resolve
+from moco.training.build import prepare
+from moco.training.metrics import MetricsWriter
+from moco.training.step import Training
 
 BATCH, QUEUE, DIM, NUM_IMAGES = 256, 4096, 128, 2048
 PARTS = ("query forward", "key forward", "backward", "views", "optimizer", "key update", "loss and the rest")

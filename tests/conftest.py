@@ -11,6 +11,7 @@ import sys
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -33,15 +34,52 @@ def moco_data() -> Path:
     return Path(os.environ["MOCO_DATA"])
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train without drawing: pictures take seconds of each run, and have tests of their own."""
+    from doubles import leave_out_pictures
+
+    leave_out_pictures(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images of two classes, and one beside them."""
+    from doubles import picture
+
+    folder = tmp_path_factory.mktemp("photos")
+    for seed in range(12):
+        picture(folder / "in" / ("cats" if seed < 5 else "dogs") / f"{seed:02}.png", seed, (30 + seed, 20))
+    picture(folder / "new.png", 100, (16, 40))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained encoder."""
+    import torch
+
+    from moco.method.backbones import build_backbone
+    from moco.method.encoder import ImageEncoder
+    from moco.storage.encoder_files import save_encoder
+
+    torch.manual_seed(0)
+    network = build_backbone("resnet-tiny", stem="small")
+    about: dict[str, Any] = {"channels": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": 16}
+    folder = tmp_path_factory.mktemp("run")
+    save_encoder(folder, ImageEncoder(network, name="resnet-tiny", stem="small", **about).eval())
+    return folder
+
+
 SPAWNER = """
 import json, os, random, sys
 import matplotlib.figure, numpy, sklearn.cluster, sklearn.datasets, sklearn.manifold, torch
-import moco.auto, moco.explore.app, moco.explore.saved, moco.pretrain
+import moco.training.automatic, moco.explore.server, moco.explore.single_file, moco.training.pretrain
 from moco.cli import main
 
 # Pictures take seconds of each run, and have tests of their own.
-loop = sys.modules["moco.pretrain"]
-loop.draw_start = loop.draw_results = lambda *_, **__: None
+around = sys.modules["moco.training.pretrain"]
+around.draw_start = around.draw_results = lambda *_, **__: None
 
 for line in sys.stdin:
     folder, arguments = json.loads(line)

@@ -90,7 +90,7 @@ def _start(module: str, store: str, connections: list[Connection]) -> None:
     # As in conftest.py, and before the test module imports the package.
     install_import_hook("moco", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
     importlib.import_module(module)
-    importlib.import_module("moco.engine")
+    importlib.import_module("moco.parallel.fabric")
     world = len(connections)
     rank = next((rank for rank in range(1, world) if os.fork() == 0), 0)
     for other in {*range(world)} - {rank}:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moco
-from moco import dist
-from moco.model import BatchMoCo, MoCo, QueueMoCo
+from moco.method.model import BatchMoCo, MoCo, QueueMoCo
+from moco.parallel import collectives
 from published import Batches, Trace
 
 Model = TypeVar("Model", bound=MoCo)
@@ -143,19 +143,19 @@ def train(
 ) -> Trace:
     """The loop of a user; each of several processes takes its rows of the batch."""
     trace, wrapped = Trace(), model
-    if dist.world_size() > 1:
-        from moco.engine import ddp_options
+    if collectives.world_size() > 1:
+        from moco.parallel.fabric import ddp_options
 
         wrapped = DistributedDataParallel(model, **ddp_options())
     for step, (view1, view2) in enumerate(batches):
         trace.key_encoders.append({n: p.clone() for n, p in model.key_encoder.named_parameters()})
         generator = torch.Generator().manual_seed(step)
-        out = wrapped(dist.local(view1), dist.local(view2), generator=generator)
+        out = wrapped(collectives.local(view1), collectives.local(view2), generator=generator)
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
         model.update(out.keys, momentum=momentum(step + 1))
-        trace.losses.append(float(dist.all_reduce_sum(out.loss.detach())) / dist.world_size())
+        trace.losses.append(float(collectives.all_reduce_sum(out.loss.detach())) / collectives.world_size())
     trace.query_encoder = weights(model)
     if "queue.keys" in model.state_dict():
         trace.queue, trace.pointer = model.state_dict()["queue.keys"], int(model.state_dict()["queue.pointer"])

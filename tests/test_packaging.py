@@ -109,8 +109,8 @@ def test_the_wheel_carries_the_recipes_the_pages_and_the_licence(tmp_path: Path)
     recipes = {f"moco/recipes/{path.name}" for path in (ROOT / "src/moco/recipes").glob("*.yaml")}
     pages = {
         path.relative_to(ROOT / "src").as_posix()
-        for kind in ("page", "templates")
-        for path in (ROOT / "src/moco/explore" / kind).iterdir()
+        for kind in ("explore/page", "report/templates")
+        for path in (ROOT / "src/moco" / kind).iterdir()
     }
     assert recipes and recipes <= inside and pages and pages <= inside
     assert any(name.endswith("/licenses/LICENSE") for name in inside)
@@ -166,8 +166,8 @@ def test_the_training_loop_in_the_readme_runs() -> None:
 
 
 def test_the_idea_fits_on_a_page_and_needs_little() -> None:
-    text = (ROOT / "src" / "moco" / "model.py").read_text()
+    text = (ROOT / "src" / "moco" / "method" / "model.py").read_text()
     assert len(text.splitlines()) <= 150
     imported = {line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))}
     assert imported <= {"torch", "jaxtyping", "moco", "abc", "copy", "typing"}
-    assert re.findall(r"^from moco.*", text, re.M) == ["from moco import dist"]
+    assert re.findall(r"^from moco.*", text, re.M) == ["from moco.parallel import collectives"]

@@ -9,41 +9,42 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moco.batchnorm import SplitBatchNorm2d
-    from moco.checkpoint import load_encoder
     from moco.config import PretrainConfig
-    from moco.embed import Embeddings, embed
+    from moco.data.packing.pack import pack
+    from moco.embeddings.embed import embed
+    from moco.embeddings.search import search
+    from moco.embeddings.table import Embeddings
     from moco.evaluate import evaluate, knn
-    from moco.evaluate.probe import linear
+    from moco.evaluate.linear_fast import linear
     from moco.export import export
-    from moco.model import KeyQueue, info_nce
-    from moco.optim import LARS
-    from moco.pack import pack
-    from moco.pretrain import pretrain
-    from moco.run import Run
-    from moco.search import search
-    from moco.variants import create_model
-    from moco.views import TwoViews
+    from moco.method.batchnorm import SplitBatchNorm2d
+    from moco.method.model import KeyQueue, info_nce
+    from moco.method.optim import LARS
+    from moco.method.variants import create_model
+    from moco.storage.encoder_files import load_encoder
+    from moco.storage.run import Run
+    from moco.training.pretrain import pretrain
+    from moco.views.two_views import TwoViews
 
 _WHERE = {
-    "Embeddings": "moco.embed",
-    "KeyQueue": "moco.model",
-    "LARS": "moco.optim",
+    "Embeddings": "moco.embeddings.table",
+    "KeyQueue": "moco.method.model",
+    "LARS": "moco.method.optim",
     "PretrainConfig": "moco.config",
-    "Run": "moco.run",
-    "SplitBatchNorm2d": "moco.batchnorm",
-    "TwoViews": "moco.views",
-    "create_model": "moco.variants",
-    "embed": "moco.embed",
+    "Run": "moco.storage.run",
+    "SplitBatchNorm2d": "moco.method.batchnorm",
+    "TwoViews": "moco.views.two_views",
+    "create_model": "moco.method.variants",
+    "embed": "moco.embeddings.embed",
     "evaluate": "moco.evaluate",
     "export": "moco.export",
-    "info_nce": "moco.model",
+    "info_nce": "moco.method.model",
     "knn": "moco.evaluate",
-    "linear": "moco.evaluate.probe",
-    "load_encoder": "moco.checkpoint",
-    "pack": "moco.pack",
-    "pretrain": "moco.pretrain",
-    "search": "moco.search",
+    "linear": "moco.evaluate.linear_fast",
+    "load_encoder": "moco.storage.encoder_files",
+    "pack": "moco.data.packing.pack",
+    "pretrain": "moco.training.pretrain",
+    "search": "moco.embeddings.search",
 }
 __all__ = [  # noqa: PLE0604
     "LARS",

@@ -12,15 +12,15 @@ from torch import nn
 
 from moco.config import DataConfig, PretrainConfig
 from moco.data import load_data
-from moco.data.array_file import is_array_file
-from moco.data.datasets import cifar_folder
-from moco.data.index import SUFFIXES
-from moco.data.listed import count_listed, is_list
-from moco.data.stl10 import stl10_folder
-from moco.engine import BF16_UNITS, choose_precision, cpu_flags
-from moco.launch import allowed_cores
+from moco.data.places.tar_index import SUFFIXES
+from moco.data.sources.array_file import is_array_file
+from moco.data.sources.file_list import count_listed, is_list
+from moco.data.sources.named import cifar_folder
+from moco.data.sources.stl10 import stl10_folder
+from moco.method.variants import build_model
+from moco.parallel.device import BF16_UNITS, choose_precision, cpu_flags
+from moco.parallel.launch import allowed_cores
 from moco.recipes import load_recipe
-from moco.variants import build_model
 
 # Training images of the sets that have a name; `digits` keeps the last fifth of each class for testing.
 NAMED = {"digits": 1442, "cifar10": 50_000, "cifar100": 50_000, "stl10": 105_000, "imagenet": 1_281_167}

@@ -45,7 +45,7 @@ def _left(code: int) -> int:
 
     The others end once this one has gone: torchrun or srun sees to it, or they see it themselves (`end_with_first`).
     """
-    dist = sys.modules.get("moco.dist")
+    dist = sys.modules.get("moco.parallel.collectives")
     if code and dist and dist.world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moco.launch import launched
+from moco.parallel.launch import launched
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -10,7 +10,7 @@ from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliToke
 from pydantic import BaseModel, ValidationError
 
 from moco.config import EvaluateConfig, PretrainConfig, fields
-from moco.explain import closest, explain
+from moco.messages import closest, explain
 
 SECTIONS: dict[str, type[BaseModel]] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
 """The verbs that take settings as flags, and the section those come from."""

@@ -12,7 +12,8 @@ from moco.cli.console import print_table, say, stderr, working
 from moco.cli.flags import Json
 
 if TYPE_CHECKING:
-    from moco.vectors import Embeddings
+    from moco.embeddings.table import Embeddings
+
 
 Rows = tuple[tuple[str, ...], list[tuple[Any, ...]]]
 """Names of the columns, and the rows below them."""
@@ -45,10 +46,10 @@ def embed(
         precision: `fp32`, `bf16`, or `auto`: bf16 where it is fast.
         as_json: Print what was written as JSON.
     """
-    from moco.embed import embed_to
-    from moco.formats import convert, refuse_missing
-    from moco.shares import own_share
-    from moco.vectors import UNREADABLE, read_meta
+    from moco.embeddings.convert import convert, refuse_missing
+    from moco.embeddings.embed import embed_to
+    from moco.embeddings.shared_writing import own_share
+    from moco.embeddings.table import UNREADABLE, read_meta
 
     refuse_missing(format)
     with working(stderr()) as show:
@@ -103,7 +104,7 @@ def search(
     for name, given in (("--picture", picture), ("--farthest", farthest), ("--approximate", approximate)):
         if given and not (query or row):
             raise ValueError(f"{name} was given without --query or --row; add one of them, or leave {name} out")
-    from moco.vectors import load
+    from moco.embeddings.table import load
 
     table = load(embeddings)
     if query or row:
@@ -140,10 +141,10 @@ def _answers(
     approximate: bool,
     picture: Path | None,
 ) -> Rows:
+    from moco.embeddings.search import answer, ask
+    from moco.embeddings.search import picture as draw
+    from moco.embeddings.table import images_of
     from moco.figures import save
-    from moco.search import answer, ask
-    from moco.search import picture as draw
-    from moco.vectors import images_of
 
     asked = ask(table, asked_for, encoder=encoder)
     found = answer(table, asked, k=k, farthest=farthest, approximate=approximate)
@@ -163,7 +164,7 @@ def _answers(
 
 
 def _groups(table: "Embeddings", threshold: float) -> Rows:
-    from moco.curate import duplicates
+    from moco.embeddings.duplicates import duplicates
 
     with working(stderr()) as show:
         groups = duplicates(table, threshold, on_progress=partial(show, "pairs"))
@@ -172,7 +173,7 @@ def _groups(table: "Embeddings", threshold: float) -> Rows:
 
 
 def _outliers(table: "Embeddings", count: int, k: int) -> Rows:
-    from moco.curate import outliers
+    from moco.embeddings.duplicates import outliers
 
     with working(stderr()) as show:
         found = outliers(table, count, k=k, on_progress=partial(show, "neighbours"))
@@ -202,9 +203,9 @@ def explore(
         browser: Open a browser.
         as_json: Print the location of the page as JSON.
     """
-    from moco.explore.app import serve, show
     from moco.explore.atlas import MOST_OF_RUN, open_atlas
-    from moco.explore.saved import save_page
+    from moco.explore.server import serve, show
+    from moco.explore.single_file import save_page
 
     with working(stderr()) as tell:
         most = MOST_OF_RUN if save and most is None else most
@@ -241,7 +242,7 @@ def pack(
         max_bad: Largest fraction of unreadable images to leave out; above it, packing stops with an error.
         as_json: Print what was written as JSON.
     """
-    from moco.pack import pack as write
+    from moco.data.packing.pack import pack as write
 
     with working(stderr()) as show:
         count = partial(show, "images")

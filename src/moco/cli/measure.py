@@ -10,7 +10,7 @@ from moco import config as settings
 from moco.cli.console import report_evaluation, stderr, working
 from moco.cli.flags import Json, flags_of
 from moco.config import EvaluateConfig
-from moco.launch import launched
+from moco.parallel.launch import launched
 
 if TYPE_CHECKING:
     Flags = dict[str, Any]
@@ -65,7 +65,7 @@ def report(runs: list[Path], /, *, out: Path | None = None, as_json: Json = Fals
         out: File to write; not given: `report.html` in the run's folder, or `comparison.html` here for several.
         as_json: Print the location of the report as JSON.
     """
-    from moco.explore import report as pages
+    from moco.report import page as pages
 
     path = pages.report(runs[0], out) if len(runs) == 1 else pages.compare(runs, out or "comparison.html")
     print(json.dumps({"report": str(path)}) if as_json else path)
@@ -91,8 +91,8 @@ def export(
     """
     if out is None and not (Path(source) / "config.yaml").is_file():
         raise ValueError(f"{source} is not the folder of a run; give --out, the folder to write the export to")
-    from moco.checkpoint import load_encoder
     from moco.export import export as write
+    from moco.storage.encoder_files import load_encoder
 
     encoder = load_encoder(source, backbone=backbone) if backbone else source
     where = write(encoder, out or Path(source) / "exports" / format, format=format)

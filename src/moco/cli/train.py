@@ -12,7 +12,7 @@ from moco import config as settings
 from moco.cli.console import print_table, progress, report_run, say, stderr
 from moco.cli.flags import Json, flags_of
 from moco.config import CONTINUABLE, PretrainConfig
-from moco.launch import launched
+from moco.parallel.launch import launched
 from moco.recipes import load_recipe, recipe_names, recipe_record, recipe_text
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def pretrain(
     if print_config:
         print(settings.to_yaml(config), end="")
         return
-    from moco.pretrain import pretrain as train
-    from moco.stopping import Stopped
+    from moco.parallel.signals import Stopped
+    from moco.training.pretrain import pretrain as train
 
     try:
         with progress(stderr()) as show:
@@ -119,7 +119,7 @@ def doctor(recipe: str | None = None, /, *, as_json: Json = False) -> None:
 def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
     """The recipe, or settings chosen from the images, overridden by the flags."""
     if recipe is None and "source" in given.get("data", {}):
-        from moco.auto import auto_config
+        from moco.training.automatic import auto_config
 
         config, reasons = auto_config(settings.parse_config({"data": given["data"]}).data)
         for reason in reasons if launched().rank == 0 else ():
@@ -131,7 +131,7 @@ def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
 
 def _resumed(run: Path, recipe: str | None, out: Path | None, given: dict[str, Any]) -> PretrainConfig:
     """The run's own settings; only those in CONTINUABLE may be given again."""
-    from moco.run import Run
+    from moco.storage.run import Run
 
     if recipe or out:
         raise ValueError(f"--resume was given with {recipe or f'--out {out}'}; a run keeps its own: leave it out")

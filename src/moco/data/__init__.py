@@ -5,19 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moco.config import DataConfig
-from moco.data.array_file import is_array_file, load_array_file
-from moco.data.arrays import ArrayImages
-from moco.data.datasets import cifar10, cifar100, cifar_folder, digits, imagenet
-from moco.data.decode import BadImage
-from moco.data.folder import load_folder
-from moco.data.given import as_images, fingerprint, some_of
-from moco.data.hugging_face import is_hugging_face, load_hugging_face
-from moco.data.images import FileImages, Images, Splits, with_labels
-from moco.data.listed import is_list, load_list
+from moco.data.images import ArrayImages, FileImages, Images, Splits, fingerprint, some_of, with_labels
 from moco.data.loader import Loader, epoch_order, resized
-from moco.data.shards import is_shards, load_shards
-from moco.data.stl10 import read_stl10, stl10, stl10_folder
-from moco.explain import closest
+from moco.data.sources.array_file import is_array_file, load_array_file
+from moco.data.sources.file_list import is_list, load_list
+from moco.data.sources.folder import load_folder
+from moco.data.sources.from_python import as_images
+from moco.data.sources.hugging_face import is_hugging_face, load_hugging_face
+from moco.data.sources.named import cifar10, cifar100, cifar_folder, digits, imagenet
+from moco.data.sources.shards import is_shards, load_shards
+from moco.data.sources.stl10 import read_stl10, stl10, stl10_folder
+from moco.data.unreadable import BadImage
+from moco.messages import closest
 
 __all__ = [
     "DATASETS",

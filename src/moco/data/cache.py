@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from moco.data.decode import BadImage, check_header, decode_shrunk
-from moco.data.members import facts_of
-from moco.lock import wait_for
-from moco.transforms import Box, shrink_of
+from moco.data.decode import check_header, decode_shrunk
+from moco.data.places.open import facts_of
+from moco.data.unreadable import BadImage
+from moco.files import wait_for_lock
+from moco.views.crops import Box, shrink_of
 
 VERSION = 1
 """Of the files and of what is done to the pixels; another number makes every cache anew."""
@@ -119,12 +120,12 @@ def _digest(paths: Sequence[str]) -> str:
 def _alone(file: Path) -> Generator[bool]:
     """Waits for other processes that make the same cache; false where those of other machines cannot be kept out."""
     with file.open("wb") as lock:
-        if wait_for(lock):
+        if wait_for_lock(lock):
             yield True
             return
     of_machine = hashlib.sha256(f"{Path.home()},{file.absolute()}".encode("utf-8", "surrogateescape")).hexdigest()
     with Path(tempfile.gettempdir(), f"moco-{of_machine[:12]}.lock").open("wb") as lock:
-        wait_for(lock)
+        wait_for_lock(lock)
         yield False
 
 

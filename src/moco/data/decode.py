@@ -12,10 +12,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from moco.data.members import open_image
-from moco.data.remote import Unavailable
-from moco.data.rows import is_row, read_row
-from moco.transforms import pixels_of
+from moco.data.places.array_rows import is_row, read_row
+from moco.data.places.open import open_image
+from moco.data.places.remote import Unavailable
+from moco.data.unreadable import BadImage
+from moco.views.pixels import pixels_of
 
 try:
     from torchcodec.decoders import decode_jpeg
@@ -26,18 +27,6 @@ except (ImportError, RuntimeError, OSError):  # an older version, or one whose l
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 ORIENTATION = 0x0112
 """EXIF's tag; from 5 on the picture lies on its side."""
-
-
-class BadImage(ValueError):
-    """A file that cannot be read as an image."""
-
-    def __init__(self, path: str, reason: str):
-        self.path, self.reason = path, " ".join(reason.split())
-        super().__init__(f"{path!r} cannot be read as an image: {self.reason}")
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """So that workers can send it: pickle would give the message alone."""
-        return BadImage, (self.path, self.reason)
 
 
 @contextmanager

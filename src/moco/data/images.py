@@ -1,5 +1,8 @@
-"""What a set of image files is: their paths and labels, decoded on demand; and its parts."""
+"""What a set of images is: held in memory, or files that are decoded on demand; and its parts."""
 
+import hashlib
+import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,10 +13,53 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from moco.data.arrays import ArrayImages
 from moco.data.cache import Cached
-from moco.data.decode import BadImage, Decoded, decode, decode_shrunk, quiet_pillow
-from moco.transforms import Box, crop_resize, shrink_of, shrunk_box
+from moco.data.decode import Decoded, decode, decode_shrunk, quiet_pillow
+from moco.data.places.remote import is_remote
+from moco.data.places.shard_order import WINDOW, few_shards, in_windows
+from moco.data.spacing import evenly
+from moco.data.unreadable import BadImage
+from moco.views.crops import Box, crop_resize, shrink_of, shrunk_box
+
+NUM_COMPARED = 256
+"""Images in memory of which a fingerprint holds the pixels, evenly spaced ones of more."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ArrayImages:
+    """Images of one size, all in memory."""
+
+    images: UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, " n"] | None
+    """Index into `classes` of each image; None without labels."""
+    classes: tuple[str, ...] | None
+    """Names in label order."""
+    paths: tuple[str, ...]
+    """A name for each image that a person recognises: its file, or like `digits/train/17`."""
+    skipped: tuple[str, ...] = ()
+    """Files that could not be read and are not among the images."""
+    labelled: "ArrayImages | None" = None
+    """Those of the images that have labels, where others have none."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def decode(self, index: int) -> UInt8[Tensor, "c h w"]:
+        """Pixels of one image."""
+        return self.images[index]
+
+    def select(self, indices: Sequence[int] | Int64[Tensor, " k"]) -> "ArrayImages":
+        """The images at these positions, in this order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return ArrayImages(
+            images=self.images[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            classes=self.classes,
+            paths=tuple(self.paths[i] for i in chosen.tolist()),
+            skipped=self.skipped,
+        )
 
 
 @final
@@ -110,3 +156,36 @@ class Splits(NamedTuple):
 
     train: Images
     test: Images | None
+
+
+def some_of(images: Images, most: int) -> Images:
+    """All images, or so many at even distances; those in remote shards from few of them (`few_shards`)."""
+    if len(images) <= most:
+        return images
+    if isinstance(images, ArrayImages) or not is_remote(images.paths[0]):
+        return images.select(evenly(len(images), most).tolist())
+    chosen = images.select(few_shards(images.paths, most).tolist())
+    shards = len({path.partition(".tar/")[0] for path in chosen.paths})
+    log = logging.getLogger("moco")
+    log.info("of %s images elsewhere %s are looked at, in %d shards", f"{len(images):,}", f"{most:,}", shards)
+    return chosen
+
+
+def fingerprint(images: Images) -> str:
+    """SHA-256 of the names, without the folder that all lie in, of the labels, and of some pixels in memory.
+
+    Files are not opened. Many shards elsewhere are other images than their copies here: they come in another order.
+    """
+    digest = hashlib.sha256()
+    within = len(os.path.commonprefix([os.path.dirname(path) for path in (images.paths[0], images.paths[-1])]))
+    for path in images.paths:
+        digest.update(path[within:].encode("utf-8", "surrogateescape") + b"\0")
+    if images.labels is not None:
+        digest.update(images.labels.numpy())
+        digest.update("\0".join(images.classes or ()).encode("utf-8", "surrogateescape"))
+    if isinstance(images, ArrayImages):
+        chosen = torch.linspace(0, len(images) - 1, min(NUM_COMPARED, len(images))).long()
+        digest.update(images.images[chosen].cpu().contiguous().numpy())
+    elif in_windows(images.paths):
+        digest.update(f"in windows of {WINDOW} shards".encode())
+    return digest.hexdigest()

@@ -15,15 +15,13 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from moco.data.arrays import ArrayImages
-from moco.data.decode import BadImage
-from moco.data.images import FileImages, Images
-from moco.data.listing import NUM_NAMED
-from moco.data.reader import Boxes, Crop, Part, Reader, joined, parts_of
-from moco.data.remote import Unavailable, is_remote
-from moco.data.window import refuse_little_room, windowed
-from moco.launch import allowed_cores
-from moco.transforms import centred
+from moco.data.images import ArrayImages, FileImages, Images
+from moco.data.places.remote import Unavailable, is_remote
+from moco.data.places.shard_order import refuse_little_room, windowed
+from moco.data.unreadable import NUM_NAMED, BadImage
+from moco.data.worker import Boxes, Crop, Part, Reader, joined, parts_of
+from moco.parallel.launch import allowed_cores
+from moco.views.pixels import centred
 
 DECODED_AT_ONCE = 32
 """Full-size pictures held at a time when they are only wanted small."""

@@ -5,21 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moco import dist
-from moco.checkpoint import load_encoder, load_projector
 from moco.config import DataConfig, EvaluateConfig, parse_evaluation
 from moco.data import load_data, with_labels
-from moco.engine import choose_accelerator, choose_precision, met, own_device
 from moco.evaluate import finetune, health
 from moco.evaluate import knn as nearest
 from moco.evaluate import linear as probes
 from moco.evaluate.contract import HeldOut, Outcome, Protocol, Report, Task, accuracies, confusion, held_out
 from moco.evaluate.knn import knn
 from moco.evaluate.record import Evaluation, name_of
-from moco.explain import closest
-from moco.launch import launched
-from moco.run import Run
-from moco.views import view_specs
+from moco.messages import closest
+from moco.parallel import collectives
+from moco.parallel.device import choose_accelerator, choose_precision, own_device
+from moco.parallel.fabric import met
+from moco.parallel.launch import launched
+from moco.storage.encoder_files import load_encoder, load_projector
+from moco.storage.run import Run
+from moco.views.specs import view_specs
 
 __all__ = ["EVALUATIONS", "Evaluation", "HeldOut", "Outcome", "Protocol", "Task", "evaluate", "held_out", "knn"]
 
@@ -92,7 +93,7 @@ def evaluate(
     task = Task(encoder, projector, load_data(images), chosen, on_progress or (lambda *_: None), views, images)
     with met():
         outcome = way.measure(task)
-        leads = start.rank == 0 and dist.rank() == 0
+        leads = start.rank == 0 and collectives.rank() == 0
     if not isinstance(outcome, Outcome):
         raise ValueError(f"protocol {protocol!r} returns {outcome!r:.80}; expected a moco.evaluate.Outcome")
     own = run.config.data.source if run else None

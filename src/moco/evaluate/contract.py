@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moco.config import DataConfig, EvaluateConfig
 from moco.data import Images, Splits, with_labels
-from moco.encoder import ImageEncoder
-from moco.views import ViewSpec
+from moco.method.encoder import ImageEncoder
+from moco.views.specs import ViewSpec
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is."""

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moco.config import OptimConfig
-from moco.encoder import ImageEncoder, build_backbone
-from moco.engine import choose_precision
 from moco.evaluate.contract import HeldOut, Outcome, Protocol, Task, labels_of
 from moco.evaluate.knn import projected
 from moco.evaluate.reading import Batches, hold, read
-from moco.explain import closest
-from moco.optim import FUSED_DEVICES, learning_rate, resolved_lr
-from moco.views import OneView, ViewSpec
+from moco.messages import closest
+from moco.method.backbones import build_backbone
+from moco.method.encoder import ImageEncoder
+from moco.method.optim import FUSED_DEVICES, learning_rate, resolved_lr
+from moco.parallel.device import choose_precision
+from moco.views.specs import ViewSpec
+from moco.views.two_views import OneView
 
 CROPS = ViewSpec(jitter_p=0.0, grey_p=0.0)
 """Crops and flips, the only augmentation; for a run's encoder, no stronger than in the run's own views."""

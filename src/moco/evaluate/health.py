@@ -14,12 +14,13 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from moco.data import ArrayImages, BadImage, FileImages, Images, some_of
-from moco.embed import Report
-from moco.encoder import ImageEncoder
-from moco.engine import choose_precision
+from moco.embeddings.features import Report
 from moco.evaluate.contract import Outcome, Protocol, Task
 from moco.evaluate.knn import projected
-from moco.views import VIEWS, TwoViews
+from moco.method.encoder import ImageEncoder
+from moco.parallel.device import choose_precision
+from moco.views.specs import VIEWS
+from moco.views.two_views import TwoViews
 
 Vectors = Float[Tensor, "n d"]
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from moco import dist
-from moco.embed import Embeddings
+from moco.embeddings.neighbours import AT_ONCE, nearest
+from moco.embeddings.table import Embeddings
 from moco.evaluate.contract import Outcome, Protocol, Task, accuracies, check_finite, labels_of
 from moco.evaluate.reading import read
-from moco.neighbours import AT_ONCE, nearest
+from moco.parallel import collectives
 
 Vectors = Float[Tensor, "n f"]
 Labels = Int64[Tensor, " n"]
@@ -115,7 +115,9 @@ def shared_scores(
         asked = queries[which.start : which.stop].to(device)
         return knn_scores(bank, bank_labels, asked, k=k, temperature=temperature).cpu()
 
-    return dist.in_shares(votes, len(queries), int(bank_labels.max()) + 1, at_once=QUERIES_AT_ONCE, device=device)
+    return collectives.in_shares(
+        votes, len(queries), int(bank_labels.max()) + 1, at_once=QUERIES_AT_ONCE, device=device
+    )
 
 
 @torch.inference_mode()

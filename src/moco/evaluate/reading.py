@@ -11,16 +11,16 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from moco import dist
 from moco.data import ArrayImages, BadImage, Images, Loader, epoch_order
-from moco.data.listing import NUM_NAMED
 from moco.data.loader import num_workers
-from moco.embed import read_features
-from moco.encoder import ImageEncoder
+from moco.data.unreadable import NUM_NAMED, refuse_too_many
+from moco.embeddings.features import read_features
 from moco.evaluate.contract import ROWS_AT_ONCE, Task
-from moco.launch import own_cores, sharing_cores
-from moco.scratch import room
-from moco.views import OneView
+from moco.files import scratch_room
+from moco.method.encoder import ImageEncoder
+from moco.parallel import collectives, consensus
+from moco.parallel.launch import own_cores, sharing_cores
+from moco.views.two_views import OneView
 
 IMAGES_AT_ONCE = 256
 DECODED_AT_ONCE = 32
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
         """What was made of its views, and the ids, for the batch of all processes; no gradient flows through."""
         if not self.shared:
             return rows.detach(), self.ids
-        return dist.gather_through(rows, rows.device), dist.gather_through(self.ids, rows.device)
+        return collectives.gather_through(rows, rows.device), collectives.gather_through(self.ids, rows.device)
 
 
 class Read(NamedTuple):
@@ -88,11 +88,16 @@ def read(
         return rows
 
     # Several processes share the work; all of them get all rows, and the list of all files that cannot be read.
-    vectors = dist.in_shares(
-        work, len(images), encoder.num_features, at_once=IMAGES_AT_ONCE, device=task.device, room=room
+    vectors = collectives.in_shares(
+        work,
+        len(images),
+        encoder.num_features,
+        at_once=IMAGES_AT_ONCE,
+        device=task.device,
+        room=lambda rows, columns: torch.from_numpy(scratch_room(rows, columns)),
     )
-    if dist.world_size() > 1:
-        said = dist.everyone(json.dumps([(place, each.path, each.reason) for place, each in bad.items()]))
+    if collectives.world_size() > 1:
+        said = consensus.everyone(json.dumps([(place, each.path, each.reason) for place, each in bad.items()]))
         bad = {place: BadImage(path, reason) for text in said for place, path, reason in json.loads(text)}
     if not bad:
         return Read(images, vectors, ())
@@ -130,20 +135,13 @@ def left_out(bad: Sequence[BadImage], num_images: int, part: str, max_bad: float
     count = known + len(bad)
     if count > max_bad * num_images or count == num_images:
         named = [f"{each.path!r} ({each.reason})" for each in bad]
-        raise _too_many(count, num_images, part, max_bad, named)
+        raise refuse_too_many(count, num_images, part, max_bad, named)
     log = logging.getLogger("moco")
     for each in bad[: max(0, NUM_NAMED - known)]:
         log.warning("left out of the evaluation: %s", each)
     if count > NUM_NAMED:
         log.warning("left out of the evaluation, in all: %d of %d %s images", count, num_images, part)
     return f"{count:,} of {num_images:,} {part} images could not be read and were left out."
-
-
-def _too_many(count: int, num_images: int, part: str, max_bad: float, named: Sequence[str]) -> ValueError:
-    return ValueError(
-        f"{count} of {num_images} {part} images cannot be read, expected at most {max_bad:.2%} in an evaluation: "
-        f"repair or remove them: {'; '.join(named[:5])}"
-    )
 
 
 class Held(NamedTuple):
@@ -198,7 +196,7 @@ class Batches:
 
     def __init__(self, task: Task, held: Held, view: OneView, batch_size: int, *, whole: bool, share: bool = False):
         images, seed = held.images, task.settings.seed
-        self._rank, self._world = (dist.rank(), dist.world_size()) if share else (0, 1)
+        self._rank, self._world = (collectives.rank(), collectives.world_size()) if share else (0, 1)
         if batch_size % self._world:
             logging.getLogger("moco").warning(
                 "%d processes cannot share a batch of %d equally, so each makes all of it; another --batch_size, or "
@@ -219,7 +217,7 @@ class Batches:
                 device=task.device,
                 rank=self._rank,
                 world_size=self._world,
-                workers=num_workers(sharing_cores(dist.on_this_machine()))
+                workers=num_workers(sharing_cores(collectives.on_this_machine()))
                 if task.data.workers is None
                 else task.data.workers,
                 crop=view,
@@ -262,13 +260,13 @@ class Batches:
     def _unreadable(self) -> set[str]:
         """Files that could not be read so far, by any process that shares the batches; all of these have to ask."""
         own = self._bad.keys() | set(self._loader.bad if self._loader else ())
-        return dist.union(own) if self._world > 1 else own
+        return consensus.union(own) if self._world > 1 else own
 
     def _refuse_too_many(self) -> None:
         """As a single process would; each of several has met those of its own share."""
         bad, number, most = self._unreadable(), len(self._held.images), self._task.data.max_bad
         if len(bad) > most * number:
-            raise _too_many(len(bad), number, "training", most, list(map(repr, sorted(bad))))
+            raise refuse_too_many(len(bad), number, "training", most, list(map(repr, sorted(bad))))
 
     def _finished(self, crops: Tensor, ids: Tensor, epoch: int) -> Tensor:
         return self._view.finish(crops.to(self._task.device, non_blocking=True), ids, epoch=epoch)
@@ -277,7 +275,7 @@ class Batches:
         self, pixels: Sequence[Tensor], wanted: Sequence[Tensor], epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Crops of decoded files; those of the next batch are made while the current one is processed."""
-        with ThreadPoolExecutor(own_cores(dist.on_this_machine())) as pool:
+        with ThreadPoolExecutor(own_cores(collectives.on_this_machine())) as pool:
             waiting: deque[tuple[Tensor, list[Future[Tensor]]]] = deque()
             for ids in [*wanted, None]:
                 if ids is not None:

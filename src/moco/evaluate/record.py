@@ -14,7 +14,7 @@ from moco.config import EvaluateConfig
 from moco.data import DATASETS
 from moco.evaluate.contract import replaced
 from moco.figures import confusion_matrix, save
-from moco.run import write_atomically
+from moco.files import write_atomically
 
 MAX_LISTED = 100
 """Largest number of classes whose confusion matrix is in the JSON itself; that of a thousand would be megabytes."""

@@ -11,19 +11,19 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
-from moco.checkpoint import load_encoder
 from moco.data import Images, some_of
-from moco.embed import fingerprint
-from moco.encoder import ImageEncoder
-from moco.engine import choose_accelerator
+from moco.data.spacing import evenly
+from moco.embeddings.embed import fingerprint
+from moco.embeddings.search import search
+from moco.embeddings.table import META, Embeddings, images_of, load, read_meta
 from moco.explore.kept import embedded, laid_out
 from moco.explore.layout import Layout
 from moco.explore.thumbnails import ACROSS, CELL, Sheet, sheet
 from moco.figures import CLASS_COLOURS_DARK, CLASS_COLOURS_LIGHT
-from moco.run import Run
-from moco.search import search
-from moco.spacing import evenly
-from moco.vectors import META, Embeddings, images_of, load, read_meta
+from moco.method.encoder import ImageEncoder
+from moco.parallel.device import choose_accelerator
+from moco.storage.encoder_files import load_encoder
+from moco.storage.run import Run
 
 NEIGHBOURS = 12
 """Number of most similar images that the page shows."""

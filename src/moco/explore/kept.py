@@ -9,13 +9,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from moco.checkpoint import load_encoder
 from moco.data import Images, load_data, some_of
-from moco.embed import OnProgress, embed, embed_to, fingerprint, fingerprint_of_images
-from moco.engine import choose_accelerator
+from moco.embeddings.embed import embed, embed_to, fingerprint, fingerprint_of_images
+from moco.embeddings.features import OnProgress
+from moco.embeddings.table import META, Embeddings, read_meta
 from moco.explore.layout import Layout, lay_out
-from moco.run import Run, write_atomically
-from moco.vectors import META, Embeddings, read_meta, versions
+from moco.files import write_atomically
+from moco.packages import versions
+from moco.parallel.device import choose_accelerator
+from moco.storage.encoder_files import load_encoder
+from moco.storage.run import Run
 
 FOLDER = "explore"
 """Folder in a run with tables of embeddings, each named by its number of images."""

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt32
 
-from moco.curate import outliers
-from moco.layout import LANDMARKS, Method, coordinates
-from moco.neighbours import nearest
-from moco.spacing import evenly
-from moco.vectors import Embeddings
+from moco.data.spacing import evenly
+from moco.embeddings.coordinates import LANDMARKS, Method, coordinates
+from moco.embeddings.duplicates import outliers
+from moco.embeddings.neighbours import nearest
+from moco.embeddings.table import Embeddings
 
 NEAREST = 10
 """Neighbours whose mean cosine distance is the outlier score."""

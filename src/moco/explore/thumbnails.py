@@ -18,9 +18,9 @@ from torch import Tensor
 
 from moco.data import ArrayImages, BadImage, FileImages, Images
 from moco.data.decode import FORMATS, decode
-from moco.data.members import open_image
-from moco.data.rows import is_row
-from moco.transforms import pixels_of
+from moco.data.places.array_rows import is_row
+from moco.data.places.open import open_image
+from moco.views.pixels import pixels_of
 
 CELL = 48
 """Longest side of a thumbnail in pixels."""

@@ -15,14 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moco.checkpoint import load_encoder
-from moco.encoder import ImageEncoder
-from moco.explain import closest
 from moco.export import to_detectron2, to_official, to_onnx, to_safetensors, to_timm, to_torchvision
 from moco.export.card import Check, model_card, versions
 from moco.export.contract import Exporter, Subject, Written
-from moco.run import Run, write_atomically
-from moco.unpickle import first_line
+from moco.files import write_atomically
+from moco.messages import closest
+from moco.method.encoder import ImageEncoder
+from moco.storage.encoder_files import load_encoder
+from moco.storage.run import Run
+from moco.storage.unpickle import first_line
 
 __all__ = ["EXPORTERS", "Exporter", "Subject", "Written", "export"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moco.data import GIVEN
-from moco.encoder import num_heads
 from moco.export.contract import Subject, Written
-from moco.run import Run
+from moco.method.backbones import num_heads
+from moco.storage.run import Run
 
 PAPERS = {"v1": "1911.05722", "v2": "2003.04297", "v3": "2104.02057"}
 PREPARATION = """\

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moco.encoder import ImageEncoder
-from moco.run import Run
+from moco.method.encoder import ImageEncoder
+from moco.storage.run import Run
 
 
 class Subject(NamedTuple):

@@ -9,9 +9,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from moco.backbones import BACKBONES, SmallResNet
-from moco.encoder import ImageEncoder, num_heads, size_options
-from moco.vit import VITS
+from moco.method.backbones import BACKBONES, SmallResNet, num_heads, size_options
+from moco.method.encoder import ImageEncoder
+from moco.method.vit import VITS
 
 INSTEAD = "use --format safetensors, which holds every encoder"
 

@@ -13,7 +13,7 @@ import torchvision
 
 from moco.export.contract import Subject, Written
 from moco.export.networks import INSTEAD, TorchvisionNetwork, in_torchvision
-from moco.run import write_atomically
+from moco.files import write_atomically
 
 ABOUT = """\
 `model.pkl` has detectron2's names for a ResNet and loads as `MODEL.WEIGHTS`. These settings tell detectron2 that this

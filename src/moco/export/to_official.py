@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moco import checkpoint
-from moco.encoder import num_heads
 from moco.export.contract import Subject, Written
 from moco.export.networks import in_torchvision, standalone
-from moco.run import Run, write_atomically
-from moco.vit import VITS
+from moco.files import write_atomically
+from moco.method.backbones import num_heads
+from moco.method.vit import VITS
+from moco.storage import checkpoint
+from moco.storage.run import Run
 
 ABOUT = """\
 `checkpoint.pth.tar` holds `epoch`, `arch` and `state_dict`, named as in the authors' code (the encoder under

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from moco.encoder import num_heads
-from moco.explain import install
 from moco.export.contract import Subject, Written
-from moco.run import write_atomically
-from moco.unpickle import first_line
+from moco.files import write_atomically
+from moco.method.backbones import num_heads
+from moco.packages import install
+from moco.storage.unpickle import first_line
 
 IN_ONE_FILE = 1_900_000_000
 """Most bytes of weights in one file: protobuf files are limited to 2 GiB, so larger weights go into a second file."""

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from moco.checkpoint import save_encoder
 from moco.export.contract import Subject, Written
 from moco.export.networks import standalone
+from moco.storage.encoder_files import save_encoder
 
 ABOUT = """\
 With this package, `moco.load_encoder("FOLDER")` returns an encoder that also prepares images. Without it, the code

@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 
 from moco.export.contract import Subject, Written
 from moco.export.networks import INSTEAD, in_timm
-from moco.run import write_atomically
+from moco.files import write_atomically
 
 CODE = """\
 import timm

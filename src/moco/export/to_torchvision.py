@@ -6,7 +6,7 @@ import torch
 
 from moco.export.contract import Subject, Written
 from moco.export.networks import in_torchvision
-from moco.run import write_atomically
+from moco.files import write_atomically
 
 ABOUT = "`model.pth` is a plain state dict with torchvision's names, without the classifier `{head}`.{changed}"
 

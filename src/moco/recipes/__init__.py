@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from moco.config import PretrainConfig, parse_config
-from moco.explain import closest, shown
+from moco.messages import closest, shown
 
 
 def load_recipe(name_or_path: str) -> PretrainConfig:

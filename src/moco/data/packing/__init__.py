@@ -1,0 +1,1 @@
+"""Writing a set of images as tar shards."""

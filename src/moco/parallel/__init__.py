@@ -1,0 +1,1 @@
+"""Devices and processes: how they are started, and how they talk to each other."""

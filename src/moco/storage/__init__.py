@@ -1,0 +1,1 @@
+"""What is kept on disk: the run folder, checkpoints and encoders, ours and those of other programs."""

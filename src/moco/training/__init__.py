@@ -1,0 +1,1 @@
+"""Pre-training: from settings and images to a trained encoder."""
