@@ -134,8 +134,8 @@ def monitor(splits: Splits, **watch: Any) -> Monitor:
 def test_without_labels_or_with_hardly_an_image_there_is_no_accuracy_but_health() -> None:
     for splits in (Splits(images(40, labelled=False), None), Splits(images(19), None)):
         watcher = monitor(splits)
-        assert watcher.knn() == watcher.measure() == watcher.measure_pixels() == {}
-        assert watcher.look().keys() == set(HEALTH)
+        assert watcher.knn() == watcher.accuracies() == watcher.accuracies_of_pixels() == {}
+        assert watcher.knn_and_health().keys() == set(HEALTH)
 
 
 @pytest.mark.parametrize(("split", "asked"), [("heldout", 4), ("test", 7)])
@@ -151,16 +151,18 @@ def test_looking_leaves_the_encoder_as_it_was() -> None:
     watcher = monitor(Splits(images(60), images(20)))
     before = {name: value.clone() for name, value in watcher.encoder.state_dict().items()}
     state = torch.random.get_rng_state()
-    assert watcher.look().keys() == {"knn_top1", "knn_projection_top1", *HEALTH} and set(HEALTH) < set(COLUMNS)
+    assert watcher.knn_and_health().keys() == {"knn_top1", "knn_projection_top1", *HEALTH} and set(HEALTH) < set(
+        COLUMNS
+    )
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert watcher.measure().keys() == {"knn_top1", "one_label", "five_labels"}
+    assert watcher.accuracies().keys() == {"knn_top1", "one_label", "five_labels"}
     assert watcher.encoder.training and watcher.projector.training
     assert all(torch.equal(value, before[name]) for name, value in watcher.encoder.state_dict().items())
 
 
 def test_health_is_of_two_views_of_the_run_that_never_change() -> None:
     watcher = monitor(Splits(images(40, labelled=False), None), every=3)
-    first, again = watcher.health(), watcher.look()
+    first, again = watcher.health(), watcher.knn_and_health()
     assert first == again
     train = watcher.seen
     assert isinstance(train, ArrayImages) and len(train) == 40
@@ -208,12 +210,12 @@ def test_files_are_read_once_for_all_looks(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_class_with_few_images_is_not_asked_for_five_labels() -> None:
     few = images(20, num_classes=5)
-    assert monitor(Splits(few, images(10, num_classes=5))).measure().keys() == {"knn_top1", "one_label"}
+    assert monitor(Splits(few, images(10, num_classes=5))).accuracies().keys() == {"knn_top1", "one_label"}
 
 
 def test_raw_pixels_are_recognised_by_themselves() -> None:
     same = images(40, num_classes=40)
-    assert monitor(Splits(same, same), knn_k=1).measure_pixels() == {"knn_top1": 100.0, "one_label": 100.0}
+    assert monitor(Splits(same, same), knn_k=1).accuracies_of_pixels() == {"knn_top1": 100.0, "one_label": 100.0}
 
 
 # What is said before

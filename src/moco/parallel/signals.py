@@ -47,7 +47,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = 0
         self.failure: Exception | None = None
-        """Why this rank cannot continue; the others learn of it in the next round."""
+        """Why this process cannot continue; the others learn of it when they next agree."""
         self._asked, self._asked_at = 0, -math.inf  # the step of the last question, and when it was
         self._every = 1  # until it is known how long a step takes
         self._before: dict[int, object] = {}
@@ -68,29 +68,27 @@ class StopSignal:
         self.received = signum
 
     def agreed(self, step: int, *, due: bool, at_once: bool = False) -> tuple[int, bool]:
-        """The signal to stop for (0: none) and whether a checkpoint is due, the same on all ranks.
+        """Return the signal to stop for (0: none), and whether to save; both are the same in all processes.
 
-        The other ranks are asked only every few steps, unless a step takes long: each question makes the host
-        wait.
+        The other processes are asked only every few steps, unless steps take long, because the host waits for the
+        answer.
 
         Args:
-            step: the same on all ranks, as is `at_once`.
-            due: whether a checkpoint is due on this rank.
-            at_once: ask at this step in any case.
+            step: steps trained so far, the same in all processes.
+            due: whether a checkpoint is due in this process.
+            at_once: ask at this step in any case; the same in all processes.
 
         Raises:
-            Exception: the `failure` of a rank.
+            Exception: the `failure` of a process.
         """
         if collectives.world_size() == 1:
-            return self.received, due
+            return self.received, due or self.received > 0
         if step % self._every and not at_once:
             return 0, False
         own = FAILED if self.failure else 1 + self.received if self.received else int(due)
-        now = time.monotonic()
-        slow = now - self._asked_at > SLOW_STEP * max(1, step - self._asked)
+        slow = time.monotonic() - self._asked_at > SLOW_STEP * max(1, step - self._asked)
         word, slow_anywhere = consensus.agree((own, int(slow)))
-        if step != self._asked:  # else it is kNN that took long
-            self._every = 1 if slow_anywhere else ASK_EVERY
+        self._every = 1 if slow_anywhere else ASK_EVERY
         self._asked, self._asked_at = step, time.monotonic()
         if word == FAILED:
             consensus.fail_together(self.failure)

@@ -1,6 +1,7 @@
 """What is logged before training starts, and what is recorded about the machine."""
 
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -12,6 +13,9 @@ from moco.config import PretrainConfig
 from moco.method.model import MoCo
 from moco.method.variants import choose_batchnorm, loss_range
 from moco.parallel import collectives
+from moco.training.step import Training
+
+log = logging.getLogger("moco")
 
 
 def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float, mask_own: bool) -> list[str]:
@@ -96,6 +100,29 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": sys.argv,
         "versions": versions,
     }
+
+
+def say_resumed(training: Training, state: dict[str, Any]) -> None:
+    """Log where a run continues, and whether that is exact.
+
+    Args:
+        training: restored.
+        state: the checkpoint it was restored from, without its weights.
+    """
+    if collectives.rank() != 0:
+        return
+    log.info("continued at step %d of %d", training.done, training.total)
+    saved = state.get("images", {"sha256": training.images})
+    if saved["sha256"] != training.images:
+        log.warning(
+            "the images differ from those of the saved run (%s then, %s now, or another order); training "
+            "continues, but the result will not match an uninterrupted run",
+            f"{saved['number']:,}",
+            f"{training.num_images:,}",
+        )
+    before = state.get("processes", 1)
+    if before != collectives.world_size():
+        log.info(exactness(training.config, before, state.get("groups", 0), training.groups))
 
 
 def exactness(config: PretrainConfig, before: int, groups_before: int, groups: int) -> str:

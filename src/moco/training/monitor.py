@@ -78,7 +78,7 @@ class Monitor:
     encoder: ImageEncoder
     projector: nn.Module
 
-    def look(self) -> dict[str, float]:
+    def knn_and_health(self) -> dict[str, float]:
         """KNN and health; draws no random numbers, and leaves the encoder unchanged."""
         return self.knn() | self.health()
 
@@ -109,14 +109,14 @@ class Monitor:
             "knn_projection_top1": self._accuracy(*seen, held),
         }
 
-    def measure(self) -> dict[str, float]:
+    def accuracies(self) -> dict[str, float]:
         """Accuracies of the encoder on the images of the final results."""
         if self.final is None:
             return {}
         held, (bank, queries) = self.final, [self._features(images) for images in self.final]
         return self._table_row(bank, queries, held)
 
-    def measure_pixels(self) -> dict[str, float]:
+    def accuracies_of_pixels(self) -> dict[str, float]:
         """Accuracies of raw pixels, plain or with the training mean subtracted, whichever is better."""
         if self.final is None:
             return {}
