@@ -148,9 +148,7 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
         moco.pretrain(settings(), out=tmp_path / "other", resume=tmp_path / "other", data=IMAGES)
 
 
-def test_killed_while_knn_is_taken_a_run_comes_to_the_same_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_while_knn_is_taken_a_run_comes_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, undisturbed, look = tmp_path / "run", tmp_path / "undisturbed", Monitor.knn_and_health
     config = settings({"monitor": {"log_every": 1, "every": 1, "save_every": 1e-6}})
     looks: list[int] = []

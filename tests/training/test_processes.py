@@ -40,7 +40,7 @@ from moco.recipes import load_recipe
 from moco.storage import checkpoint, encoder_files
 from moco.storage.run import Run
 from moco.training.agreement import agree_on_unreadable, check_same_step
-from moco.training.monitor import AT_ONCE, shared
+from moco.training.monitor import AT_ONCE, in_parts
 from moco.training.step import Training
 from moco.views.specs import view_specs
 from moco.views.two_views import OneView
@@ -497,7 +497,7 @@ def features_of(number: int) -> dict[str, Tensor]:
         seen.append(len(part))
         return torch.cat([batch.flatten(1).float() @ weight for batch in part.images.split(AT_ONCE)])
 
-    return {"features": shared(images, work, 7, torch.device("cpu")), "seen": torch.tensor(sum(seen))}
+    return {"features": in_parts(images, work, 7, torch.device("cpu")), "seen": torch.tensor(sum(seen))}
 
 
 @two_processes
