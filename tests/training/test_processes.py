@@ -421,7 +421,7 @@ def fails_to_show(folder: str, step: int) -> str:
     [
         (0, "ValueError: process 1 stopped: no such weights", "RuntimeError: no such weights"),
         (2, "KeyError: 'no such bar'", "ValueError: process 0 stopped: 'no such bar'"),
-        (12, "KeyError: 'no such bar'", "RuntimeError: process 0 stopped: 'no such bar'"),
+        (12, "KeyError: 'no such bar'", "ValueError: process 0 stopped: 'no such bar'"),
     ],
 )
 def test_what_fails_on_one_process_alone_stops_both(

@@ -19,7 +19,7 @@ Json = Annotated[bool, Parameter(name="--json", negative="")]
 
 
 def flags_of(section: type[BaseModel], prefix: str = "") -> Any:
-    """A section as flags with the same names, types and help; only the flags that are given become keys.
+    """Return a section as flags of the same names, types and help; only flags that are given become keys.
 
     This is a TypedDict rather than a pydantic model, for which the parser would spend half a second reading pydantic's
     source to find help.
@@ -38,7 +38,7 @@ def flags_of(section: type[BaseModel], prefix: str = "") -> Any:
 
 
 def spelled(tokens: list[str]) -> list[str]:
-    """Tokens in the parser's spelling: handles `--data X`, hyphens for underscores and `--model.symmetric false`."""
+    """Return tokens in the parser's spelling: handle `--data X`, hyphens for underscores and `--model.symmetric false`."""
     if not tokens or tokens[0] not in SECTIONS:
         return tokens
     hints = {name: field.annotation for name, field in fields(SECTIONS[tokens[0]]).items()}
@@ -57,7 +57,7 @@ def spelled(tokens: list[str]) -> list[str]:
 
 
 def explained(error: Exception) -> str:
-    """An error as one line for the user of the command."""
+    """Return an error as one line for the user of the command."""
     text, flag, known = str(error), "", [*fields(), *EvaluateConfig.model_fields]
     if isinstance(error, CycloptsError) and isinstance(error.__cause__, ValidationError):
         # The parser validates some values one by one: pydantic then does not know which setting they belong to.

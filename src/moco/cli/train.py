@@ -117,7 +117,7 @@ def doctor(recipe: str | None = None, /, *, as_json: Json = False) -> None:
 
 
 def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
-    """The recipe, or settings chosen from the images, overridden by the flags."""
+    """Return the recipe, or settings chosen from the images, overridden by the flags."""
     if recipe is None and "source" in given.get("data", {}):
         from moco.training.automatic import auto_config
 
@@ -130,7 +130,7 @@ def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
 
 
 def _resumed(run: Path, recipe: str | None, out: Path | None, given: dict[str, Any]) -> PretrainConfig:
-    """The run's own settings; only those in CONTINUABLE may be given again."""
+    """Return the run's own settings; only those in CONTINUABLE may be given again."""
     from moco.storage.run import Run
 
     if recipe or out:

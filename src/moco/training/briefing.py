@@ -1,4 +1,4 @@
-"""What is logged before training starts, and what is recorded about the machine."""
+"""What is logged before training starts or continues, and what is recorded about the machine."""
 
 import importlib.metadata
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger("moco")
 
 
 def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float, mask_own: bool) -> list[str]:
-    """The lines logged before training starts: everything that people otherwise guess wrong.
+    """Return the lines logged before training starts: everything that people otherwise guess wrong.
 
     Args:
         config: settings of the run.
@@ -63,7 +63,7 @@ def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float,
 
 
 def cautions(config: PretrainConfig, num_images: int, *, mask_own: bool) -> list[str]:
-    """Settings that are legal but known to go wrong."""
+    """Return warnings about settings that are valid but known to go wrong."""
     settings, found = config.model, []
     if settings.queue_size and choose_batchnorm(settings) == "plain":
         found.append(
@@ -84,7 +84,7 @@ def cautions(config: PretrainConfig, num_images: int, *, mask_own: bool) -> list
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine, as recorded in environment.json."""
+    """Return versions and machine, as recorded in environment.json."""
     names = ("moco-ssl", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
     versions: dict[str, str | None] = {}
     for name in names:
@@ -126,7 +126,7 @@ def say_resumed(training: Training, state: dict[str, Any]) -> None:
 
 
 def exactness(config: PretrainConfig, before: int, groups_before: int, groups: int) -> str:
-    """The line that is logged when a run is resumed on a different number of processes.
+    """Return the line that is logged when a run is resumed on a different number of processes.
 
     Args:
         config: settings of the run.

@@ -1,4 +1,4 @@
-"""A run in memory: model, optimizer, views and data; the training step, and the state that a checkpoint holds."""
+"""A run in memory: model, optimizer, views and data; one step of training, and the state that a checkpoint holds."""
 
 import random
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class Training:
     total: int
     meter: Meter
     clock: Clock
-    images: str  # fingerprint of those it trains on
-    groups: int  # that batch-norm statistics of a forward pass are taken over, of all ranks; 0: no such groups
+    images: str  # their fingerprint
+    groups: int  # batch-norm groups in a forward pass of all processes; 0: none that other processes could form
     done: int = 0
     best: float = -1.0
     origin: str = ""  # where weights were taken from, in words
@@ -49,19 +49,19 @@ class Training:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
+        """Return the learning rate of the next step."""
         config, per_epoch = self.config, self.loader.steps_per_epoch
         epochs, batch = config.epochs, config.batch_size
         return learning_rate(config.optim, self.done, steps_per_epoch=per_epoch, epochs=epochs, batch_size=batch)
 
     @property
     def key_momentum(self) -> float:
-        """Momentum of the next update. In the published order that update opens the next step, so it uses its value."""
+        """Return the momentum of the next update, which in the published order opens the next step."""
         model, planned = self.config.model, self.config.epochs * self.loader.steps_per_epoch
         return key_momentum(model.momentum, model.momentum_schedule, self.done + 1, total_steps=planned)
 
     def step(self, images: Tensor, ids: Tensor, epoch: int) -> None:
-        """Views, loss, gradients and optimizer step; then the key encoder is updated and the keys enter the queue."""
+        """Make views, loss and gradients, and step the optimizer; then update the key encoder and enqueue the keys."""
         config, fabric, device = self.config, self.fabric, self.fabric.device
         lr, momentum = self.used = self.lr, self.key_momentum
         set_lr(self.optimizer, lr)
@@ -109,6 +109,7 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Restore what `state` returned; `path`: the checkpoint, for messages."""
         checkpoint.load_weights(self.core, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self.best = state["step"], state["best"]
@@ -137,7 +138,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that training code could use, as tensors and plain values."""
+    """Return the state of every generator that training code could use, as tensors and plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     held: dict[str, Any] = {
         "torch": torch.get_rng_state(),
