@@ -156,7 +156,7 @@ def report_evaluation(
 
 
 @contextmanager
-def heard() -> Generator[None]:
+def log_to_stderr() -> Generator[None]:
     """Send the library's log to stderr while a command runs; processes but the first print only what ends them."""
     logger = logging.getLogger("moco")
     handler = _ToStderr(logging.NOTSET if launched().rank == 0 else logging.ERROR)

@@ -37,8 +37,8 @@ def flags_of(section: type[BaseModel], prefix: str = "") -> Any:
     return TypedDict(section.__name__, typed, total=False)  # ty: ignore[invalid-argument-type]
 
 
-def spelled(tokens: list[str]) -> list[str]:
-    """Return tokens in the parser's spelling: handle `--data X`, hyphens for underscores and `--model.symmetric false`."""
+def normalise(tokens: list[str]) -> list[str]:
+    """Return tokens in the parser's spelling: with `--data X`, hyphens and `--model.symmetric false`."""
     if not tokens or tokens[0] not in SECTIONS:
         return tokens
     hints = {name: field.annotation for name, field in fields(SECTIONS[tokens[0]]).items()}
@@ -56,7 +56,7 @@ def spelled(tokens: list[str]) -> list[str]:
     return result
 
 
-def explained(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """Return an error as one line for the user of the command."""
     text, flag, known = str(error), "", [*fields(), *EvaluateConfig.model_fields]
     if isinstance(error, CycloptsError) and isinstance(error.__cause__, ValidationError):
