@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moco.cli.console import heard
+from moco.cli.console import log_to_stderr
 from moco.parallel import signals
 from moco.parallel.signals import Stopped, StopSignal, part_in_order, queued_again
 
@@ -146,7 +146,7 @@ def test_one_that_the_first_process_started_ends_with_it_and_says_so(
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(signals, "PARTING", 0.0)
     monkeypatch.setattr(os, "_exit", end)
-    with heard(), pytest.raises(SystemExit, match="^1$"):
+    with log_to_stderr(), pytest.raises(SystemExit, match="^1$"):
         logging.getLogger("moco").warning("this is for the first process to say")
         signals._end_with(os.getpid())  # which is not the parent any more
     said = "the first process of the run has ended, and this one, which it started, with it\n"

@@ -9,12 +9,12 @@ from typing import NamedTuple
 from moco.method.batchnorm import average_running_statistics
 from moco.parallel import collectives, consensus
 from moco.parallel.device import return_freed_memory
-from moco.parallel.signals import Stopped, StopSignal
+from moco.parallel.signals import Stopped, StopSignal, part_in_order
 from moco.report.page import refresh
 from moco.storage import checkpoint, encoder_files
 from moco.storage.run import Run
 from moco.training.agreement import agree_on_unreadable
-from moco.training.metrics import MetricsWriter
+from moco.training.metrics import COLUMNS, MetricsWriter
 from moco.training.step import Training
 
 log = logging.getLogger("moco")
@@ -32,9 +32,7 @@ class Progress(NamedTuple):
 OnProgress = Callable[[Progress], None]
 
 
-def train(
-    training: Training, run: Run, metrics: MetricsWriter, signals: StopSignal, on_progress: OnProgress | None
-) -> None:
+def train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSignal, on_progress: OnProgress) -> None:
     """Train from the step that has been reached to the last one.
 
     Args:
@@ -42,7 +40,7 @@ def train(
         run: where checkpoints and the report are written.
         metrics: where rows are written.
         signals: the signals to stop that this process receives.
-        on_progress: called with each row on the first process; None on the others.
+        on_progress: called with each row in the first process.
 
     Raises:
         Stopped: a process received a signal; everything is saved.
@@ -71,7 +69,7 @@ def train(
                 save(training, run, metrics)
                 saved_at = time.monotonic()
             if signum:
-                raise Stopped(signum, run.path)
+                _stop(signum, run)
             if finished:
                 break
         if not training.in_memory:
@@ -80,6 +78,12 @@ def train(
             )
     if collectives.rank() == 0:
         log.info("trained %d steps in %.0f s", training.done - first_step, training.clock.state()["train_seconds"])
+
+
+def open_metrics(training: Training, run: Run) -> MetricsWriter:
+    """Open metrics.csv for the rest of the run; only the first process writes to it."""
+    path, leads = run.path / "metrics.csv", collectives.rank() == 0
+    return consensus.together(lambda: MetricsWriter(path, COLUMNS, keep_until=training.done, active=leads))
 
 
 def save(training: Training, run: Run, metrics: MetricsWriter, *, best: bool = False) -> None:
@@ -111,18 +115,27 @@ def save(training: Training, run: Run, metrics: MetricsWriter, *, best: bool = F
     consensus.first(write)
 
 
+def _stop(signum: int, run: Run) -> None:
+    """Stop all processes because of a signal; everything is saved."""
+    if collectives.rank() == 0:
+        refresh(run, between=0, live=False)
+    stopped = Stopped(signum, run.path)
+    part_in_order(stopped)
+    raise stopped
+
+
 def _report(
     training: Training,
     run: Run,
     metrics: MetricsWriter,
     signals: StopSignal,
-    on_progress: OnProgress | None,
+    on_progress: OnProgress,
     *,
     evaluates: bool,
 ) -> None:
     """Report a row to metrics.csv, the loggers, the progress bar and the report, and keep the best encoder so far."""
     row = _row(training, evaluates=evaluates)
-    if on_progress:
+    if collectives.rank() == 0:
         try:
             metrics.write(row)
             numbers = {name: value for name, value in row.items() if name not in ("step", "epoch")}

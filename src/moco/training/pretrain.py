@@ -14,7 +14,7 @@ from moco.method.optim import resolved_lr
 from moco.parallel import collectives, consensus
 from moco.parallel.device import return_freed_memory
 from moco.parallel.fabric import build_fabric, loss_named
-from moco.parallel.signals import Stopped, StopSignal, part_in_order, queued_again
+from moco.parallel.signals import StopSignal, queued_again
 from moco.report.page import refresh
 from moco.report.pictures import draw_results, draw_start
 from moco.storage import encoder_files
@@ -22,8 +22,7 @@ from moco.storage.run import Run
 from moco.training.agreement import check_same_step, load_same_images
 from moco.training.briefing import briefing, cautions, environment, say_resumed
 from moco.training.build import prepare
-from moco.training.loop import OnProgress, save, train
-from moco.training.metrics import COLUMNS, MetricsWriter
+from moco.training.loop import OnProgress, open_metrics, save, train
 from moco.training.official import continue_from_official
 from moco.training.settings import find_start
 from moco.training.step import Training
@@ -89,25 +88,12 @@ def pretrain(
             else:
                 say_resumed(training, state)
             if consensus.first(lambda: training.done < training.total or "trained encoder" not in run.results):
-                _train_to_the_end(training, run, on_progress or (lambda progress: None), fresh=fresh)
+                with closing(open_metrics(training, run)) as metrics, StopSignal() as signals:
+                    if fresh:
+                        save(training, run, metrics)  # a process killed from here on can be resumed
+                    train(training, run, metrics, signals, on_progress or (lambda progress: None))
                 _conclude(training, run, splits)  # a process killed from here on has lost nothing
     return run
-
-
-def _train_to_the_end(training: Training, run: Run, on_progress: OnProgress, *, fresh: bool) -> None:
-    """Open metrics.csv, take care of signals, and train."""
-    leads, table = collectives.rank() == 0, run.path / "metrics.csv"
-    metrics = consensus.together(lambda: MetricsWriter(table, COLUMNS, keep_until=training.done, active=leads))
-    with closing(metrics), StopSignal() as signals:
-        if fresh:
-            save(training, run, metrics)  # a process killed from here on can be resumed
-        try:
-            train(training, run, metrics, signals, on_progress if leads else None)
-        except Stopped as stopped:
-            if leads:
-                refresh(run, between=0, live=False)
-            part_in_order(stopped)
-            raise
 
 
 def _introduce(training: Training, run: Run, splits: Splits) -> None:
