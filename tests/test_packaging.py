@@ -26,7 +26,7 @@ UV = PYPROJECT["tool"]["uv"]
 PINS = [Requirement(pin) for pin in UV["constraint-dependencies"]]
 BUILD_PINS = [Requirement(pin) for pin in UV["build-constraint-dependencies"]]
 FIRST_COMMAND = "pip install uv && uv run moco pretrain"
-TEST_COMMAND = "pip install uv && uv run pytest"
+TEST_COMMAND = "pip install uv && uv run --group dev pytest"
 
 
 def declared() -> list[Requirement]:

@@ -134,35 +134,37 @@ def monitor(splits: Splits, **watch: Any) -> Monitor:
 def test_without_labels_or_with_hardly_an_image_there_is_no_accuracy_but_health() -> None:
     for splits in (Splits(images(40, labelled=False), None), Splits(images(19), None)):
         watcher = monitor(splits)
-        assert watcher.knn() == watcher.measure() == watcher.measure_pixels() == {}
-        assert watcher.look().keys() == set(HEALTH)
+        assert watcher.knn() == watcher.accuracies() == watcher.accuracies_of_pixels() == {}
+        assert watcher.knn_and_health().keys() == set(HEALTH)
 
 
 @pytest.mark.parametrize(("split", "asked"), [("heldout", 4), ("test", 7)])
 def test_best_is_chosen_on_held_out_training_images_unless_the_protocol_says_test(split: str, asked: int) -> None:
     watcher = monitor(Splits(images(40), images(7)), split=split)
-    assert watcher.watched is not None and watcher.final is not None
-    assert len(watcher.watched.test) == asked
+    assert watcher.during is not None and watcher.final is not None
+    assert len(watcher.during.test) == asked
     assert len(watcher.final.test) == 7
-    assert len(watcher.watched.train) + (asked if split == "heldout" else 0) == 40
+    assert len(watcher.during.train) + (asked if split == "heldout" else 0) == 40
 
 
 def test_looking_leaves_the_encoder_as_it_was() -> None:
     watcher = monitor(Splits(images(60), images(20)))
     before = {name: value.clone() for name, value in watcher.encoder.state_dict().items()}
     state = torch.random.get_rng_state()
-    assert watcher.look().keys() == {"knn_top1", "knn_projection_top1", *HEALTH} and set(HEALTH) < set(COLUMNS)
+    assert watcher.knn_and_health().keys() == {"knn_top1", "knn_projection_top1", *HEALTH} and set(HEALTH) < set(
+        COLUMNS
+    )
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert watcher.measure().keys() == {"knn_top1", "one_label", "five_labels"}
+    assert watcher.accuracies().keys() == {"knn_top1", "one_label", "five_labels"}
     assert watcher.encoder.training and watcher.projector.training
     assert all(torch.equal(value, before[name]) for name, value in watcher.encoder.state_dict().items())
 
 
 def test_health_is_of_two_views_of_the_run_that_never_change() -> None:
     watcher = monitor(Splits(images(40, labelled=False), None), every=3)
-    first, again = watcher.health(), watcher.look()
+    first, again = watcher.health(), watcher.knn_and_health()
     assert first == again
-    train = watcher.seen
+    train = watcher.viewed
     assert isinstance(train, ArrayImages) and len(train) == 40
     pair = TwoViews(view_specs(watcher.config.views), 16, watcher.config.seed)(
         train.images, torch.arange(40), epoch=FIXED_EPOCH
@@ -189,7 +191,7 @@ def test_health_follows_the_encoder_that_is_trained() -> None:
 
 def test_a_quarter_of_many_images_tells_of_health() -> None:
     for number, seen in ((100, 100), (2000, 500), (5000, 1000)):
-        assert len(monitor(Splits(images(number, labelled=False), None)).seen) == seen
+        assert len(monitor(Splits(images(number, labelled=False), None)).viewed) == seen
 
 
 def test_files_are_read_once_for_all_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,18 +204,18 @@ def test_files_are_read_once_for_all_looks(tmp_path: Path, monkeypatch: pytest.M
     for number in range(12):
         (tmp_path / f"{number:02}.png").unlink()
     assert watcher.health() == first
-    monkeypatch.setattr("moco.training.monitor.MAX_HELD", 5 * 2 * 3 * 16 * 16)
-    assert len(monitor(Splits(files, None)).seen) == 5
+    monkeypatch.setattr("moco.training.monitor.MAX_BYTES", 5 * 2 * 3 * 16 * 16)
+    assert len(monitor(Splits(files, None)).viewed) == 5
 
 
 def test_a_class_with_few_images_is_not_asked_for_five_labels() -> None:
     few = images(20, num_classes=5)
-    assert monitor(Splits(few, images(10, num_classes=5))).measure().keys() == {"knn_top1", "one_label"}
+    assert monitor(Splits(few, images(10, num_classes=5))).accuracies().keys() == {"knn_top1", "one_label"}
 
 
 def test_raw_pixels_are_recognised_by_themselves() -> None:
     same = images(40, num_classes=40)
-    assert monitor(Splits(same, same), knn_k=1).measure_pixels() == {"knn_top1": 100.0, "one_label": 100.0}
+    assert monitor(Splits(same, same), knn_k=1).accuracies_of_pixels() == {"knn_top1": 100.0, "one_label": 100.0}
 
 
 # What is said before

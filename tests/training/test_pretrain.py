@@ -21,7 +21,7 @@ from moco.parallel import collectives
 from moco.parallel.signals import Stopped
 from moco.storage.run import Run
 from moco.training.monitor import Monitor
-from moco.training.settings import settle
+from moco.training.settings import choose_settings
 from small import SmallBackbone
 
 BATCH, QUEUE = 16, 40
@@ -132,15 +132,15 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
     begun = Run.open(run)
     loose = {"monitor": {"log_every": 1, "save_every": 5.0}, "data": {"max_bad": 0.5}}  # with defaults that are choices
     (run / "config.yaml").write_text(to_yaml(merge(begun.config, loose)))
-    again = settle(settings(), None, Run.open(run))
+    again = choose_settings(settings(), None, Run.open(run))
     assert (again.monitor.save_every, again.data.max_bad) == (5.0, 0.5)
-    assert settle(settings({"data": {"max_bad": 0.1}}), IMAGES, Run.open(run)).data.max_bad == 0.1
-    assert settle(settings(), None, begun).steps == 2  # not given: as it was begun
-    assert settle(merge(begun.config, {"steps": None}), None, begun).steps is None  # given as none
+    assert choose_settings(settings({"data": {"max_bad": 0.1}}), IMAGES, Run.open(run)).data.max_bad == 0.1
+    assert choose_settings(settings(), None, begun).steps == 2  # not given: as it was begun
+    assert choose_settings(merge(begun.config, {"steps": None}), None, begun).steps is None  # given as none
     (run / "config.yaml").write_text(to_yaml(merge(begun.config, {"engine": {"devices": 1}})))
     begun = Run.open(run)
     for data in (None, IMAGES):  # nor is anything given by naming the images
-        again = settle(settings(), data, begun)
+        again = choose_settings(settings(), data, begun)
         assert (again.steps, again.engine.devices) == (2, 1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
@@ -148,9 +148,9 @@ def test_one_call_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
         moco.pretrain(settings(), out=tmp_path / "other", resume=tmp_path / "other", data=IMAGES)
 
 
-def test_killed_while_knn_is_taken_a_run_has_lost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, undisturbed, look = tmp_path / "run", tmp_path / "undisturbed", Monitor.look
-    config = settings({"monitor": {"log_every": 1, "every": 1, "save_every": 3600.0}})
+def test_killed_while_knn_is_taken_a_run_comes_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, undisturbed, look = tmp_path / "run", tmp_path / "undisturbed", Monitor.knn_and_health
+    config = settings({"monitor": {"log_every": 1, "every": 1, "save_every": 1e-6}})
     looks: list[int] = []
 
     def killed(monitor: Monitor) -> dict[str, float]:
@@ -160,11 +160,10 @@ def test_killed_while_knn_is_taken_a_run_has_lost_nothing(tmp_path: Path, monkey
         return look(monitor)
 
     with monkeypatch.context() as patched:
-        patched.setattr(importlib.import_module("moco.training.loop"), "BEFORE_KNN", 0.0)
-        patched.setattr(Monitor, "look", killed)
+        patched.setattr(Monitor, "knn_and_health", killed)
         with pytest.raises(Killed):
             moco.pretrain(config, out=run, data=IMAGES)
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["step"] == 8
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["step"] == 7
     assert Run.open(run).metrics[-1]["step"] == 7
     found, wanted = moco.pretrain(config, resume=run, data=IMAGES), moco.pretrain(config, out=undisturbed, data=IMAGES)
     timed = ("images_per_second", "data_wait", "train_seconds", "cpu_seconds")
@@ -180,7 +179,7 @@ def test_killed_while_knn_is_taken_a_run_has_lost_nothing(tmp_path: Path, monkey
 def test_a_finished_run_made_longer_and_killed_at_its_last_knn_takes_it_again(
     told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, look = tmp_path / "run", Monitor.look
+    run, look = tmp_path / "run", Monitor.knn_and_health
     moco.pretrain(settings(steps=2), out=run, data=IMAGES)
 
     def stopped(monitor: Monitor) -> dict[str, float]:
@@ -190,23 +189,21 @@ def test_a_finished_run_made_longer_and_killed_at_its_last_knn_takes_it_again(
         return look(monitor)
 
     with monkeypatch.context() as patched:
-        patched.setattr(importlib.import_module("moco.training.loop"), "BEFORE_KNN", 0.0)
-        patched.setattr(Monitor, "look", lambda monitor: (_ for _ in ()).throw(Killed))
+        patched.setattr(Monitor, "knn_and_health", lambda monitor: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             moco.pretrain(settings(steps=4), resume=run, data=IMAGES)
-        patched.setattr(Monitor, "look", stopped)
+        patched.setattr(Monitor, "knn_and_health", stopped)
         with pytest.raises(Stopped if told else Killed):  # and once more, when only that is left to do
             moco.pretrain(settings(steps=4), resume=run, data=IMAGES)
     (run / "results.json").write_text((run / "results.json").read_text().replace("trained encoder", "of two steps"))
     found = moco.pretrain(settings(steps=4), resume=run, data=IMAGES)
     assert [row["step"] for row in found.metrics] == [1, 2, 3, 4] and "trained encoder" in found.results
-    assert not torch.load(found.last, weights_only=True)["unlogged"]
 
 
 def test_stopped_at_the_last_knn_or_while_it_concludes_a_run_goes_on_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look, run = Monitor.look, tmp_path / "run"
+    look, run = Monitor.knn_and_health, tmp_path / "run"
 
     def told(monitor: Monitor) -> dict[str, float]:
         signal.raise_signal(signal.SIGTERM)
@@ -216,7 +213,7 @@ def test_stopped_at_the_last_knn_or_while_it_concludes_a_run_goes_on_to_its_end(
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Monitor, "look", told)
+        patched.setattr(Monitor, "knn_and_health", told)
         with pytest.raises(Stopped):
             moco.pretrain(settings(steps=3), out=run, data=IMAGES)
     with monkeypatch.context() as patched:

@@ -234,40 +234,25 @@ def test_rows_past_the_checkpoint_and_half_a_row_are_cut(stopped: Path, undistur
     assert_equal_runs(undisturbed, stopped, but_for="python")
 
 
-class Killed(BaseException):
-    """Stands in for SIGKILL: nothing catches it."""
-
-
-def test_told_to_stop_before_knn_it_saves_first_and_looks_when_it_goes_on(
+def test_told_to_stop_in_the_step_before_knn_it_measures_saves_and_goes_on_to_the_same_end(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moco.training.monitor import Monitor
     from moco.training.step import Training
 
     step, run = Training.step, tmp_path / "run"
 
-    def told(training: Training, *batch: Any) -> None:
+    def signalled(training: Training, *batch: Any) -> None:
         if training.done == 21:
             signal.raise_signal(signal.SIGTERM)
         step(training, *batch)
 
-    def killed(monitor: Monitor) -> dict[str, float]:
-        raise Killed
-
+    settings = recipe(tmp_path, {"monitor": SETTINGS["monitor"] | {"save_every": 3600}})
     with monkeypatch.context() as patched:
-        patched.setattr(Training, "step", told)
-        patched.setattr(Monitor, "look", killed)
-        with pytest.raises(Killed):
-            main(
-                [
-                    "pretrain",
-                    str(recipe(tmp_path, {"monitor": SETTINGS["monitor"] | {"save_every": 3600}})),
-                    "--out",
-                    str(run),
-                ]
-            )
+        patched.setattr(Training, "step", signalled)
+        assert main(["pretrain", str(settings), "--out", str(run)]) == 128 + signal.SIGTERM
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["step"] == 22
-    assert Run.open(run).metrics[-1]["step"] == 20
+    last = Run.open(run).metrics[-1]
+    assert last["step"] == 22 and "knn_top1" in last
     assert main(["pretrain", "--resume", str(run)]) == 0
     assert_equal_runs(undisturbed, run, but_for="python")
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
-from moco.cli.console import heard, say
-from moco.cli.flags import explained, spelled
+from moco.cli.console import log_to_stderr, say
+from moco.cli.flags import error_line, normalise
 from moco.cli.images import embed, explore, pack, search
 from moco.cli.measure import evaluate, export, report
 from moco.cli.train import doctor, pretrain, recipes
@@ -40,7 +40,7 @@ for _verb in (pretrain, evaluate, embed, search, explore, report, export, pack, 
     app.command(_verb)
 
 
-def _left(code: int) -> int:
+def _leave(code: int) -> int:
     """After a failure, one of several processes leaves without what happens at exit, which could wait for the others.
 
     The others end once this one has gone: torchrun or srun sees to it, or they see it themselves (`end_with_first`).
@@ -53,10 +53,10 @@ def _left(code: int) -> int:
     return code
 
 
-def _refused(error: Exception, code: int) -> int:
+def _report(error: Exception, code: int) -> int:
     if os.environ.get("MOCO_TRACEBACK") == "1":
         raise error
-    say(f"moco: {explained(error)}")
+    say(f"moco: {error_line(error)}")
     return code
 
 
@@ -72,11 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A core that waits for another spins for some microseconds, then yields: without this limit, training beside other
     # programs stalls; with no spinning at all it takes half as long again (results/LOG.md). Set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    return _left(_run(spelled(list(sys.argv[1:] if arguments is None else arguments))))
+    return _leave(_run(normalise(list(sys.argv[1:] if arguments is None else arguments))))
 
 
 def _run(tokens: list[str]) -> int:
-    with heard():
+    with log_to_stderr():
         try:
             app(tokens, exit_on_error=False, print_error=False, verbose=False)
             sys.stdout.flush()
@@ -91,6 +91,6 @@ def _run(tokens: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except (CycloptsError, ValueError, FileNotFoundError, FileExistsError) as error:
-            return _refused(error, 2)
+            return _report(error, 2)
         except (OSError, RuntimeError, MemoryError, ImportError) as error:
-            return _refused(error, 1)
+            return _report(error, 1)

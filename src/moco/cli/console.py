@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 Progress = tuple[int, int, int, dict[str, float]]
-"""As `moco.pretrain.Progress`: step, total steps, epoch, metrics."""
+"""As `moco.training.loop.Progress`: step, total steps, epoch, metrics."""
 MAX_CLASSES = 20
 """Accuracies per class are all printed up to this number of classes; beyond it, only the lowest."""
 LINE_EVERY = 10.0  # seconds between progress lines where no bar can be drawn
-SHOWN = (  # metric, format
+PROGRESS_METRICS = (  # metric, format
     ("loss", "loss {:.3f}"),
     ("lr", "lr {:.3g}"),
     ("pretext_accuracy", "pretext {:.1f} %"),
@@ -37,98 +37,61 @@ SHOWN = (  # metric, format
 @contextmanager
 def progress(console: Console) -> Generator[Callable[[Progress], None]]:
     """Show the progress of training: a bar on a terminal, elsewhere a line every `LINE_EVERY` seconds."""
-    if not console.is_terminal:
-        yield _lines(console)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    bar = Bar(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}", markup=False),
-        console=console,
-        expand=True,
-    )
-
-    def show(progress: Progress) -> None:
-        step, total, epoch, metrics = progress
-        if not bar.task_ids:
-            # Created here, so that steps made before a resume do not count towards the speed.
-            bar.add_task("", total=total, completed=step, epoch=epoch, said="")
-        bar.update(bar.task_ids[0], completed=step, epoch=epoch, said=_said(metrics))
-
-    with bar:
-        yield show
+    with _display(console, training=True) as show:
+        yield lambda now: show("step", now[0], now[1], f"epoch {now[2]}", _in_words(now[3]))
 
 
 @contextmanager
 def working(console: Console) -> Generator[Callable[[str, int, int], None]]:
-    """Show the progress of work that has several named parts, one after another."""
+    """Show the progress of work that has several named parts, one after another, as `progress` does."""
+    with _display(console, training=False) as show:
+        yield lambda what, done, total: show(what, done, total, "", "")
+
+
+@contextmanager
+def _display(console: Console, *, training: bool) -> Generator[Callable[[str, int, int, str, str], None]]:
+    """Yield a function of (part of the work, done, total, detail, results), which shows them."""
     if not console.is_terminal:
-        yield _parts(console)
+        yield _lines(console, training=training)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    bar = Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        expand=True,
-        transient=True,
-    )
+    columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
+    label, results = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[results]}", markup=False)
+    bar = Bar(label, *columns, results, console=console, expand=True, transient=not training)
     tasks: dict[str, TaskID] = {}
 
-    def show(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bar.add_task(_clean(what), total=total)
-        bar.update(tasks[what], completed=done, total=total)
+    def show(part: str, done: int, total: int, detail: str, results: str) -> None:
+        if part not in tasks:  # not before, so that steps made before a resume do not count towards the speed
+            tasks[part] = bar.add_task("", total=total, completed=done, results="")
+        description = _clean(detail or part)
+        bar.update(tasks[part], completed=done, total=total, description=description, results=results)
 
     with bar:
         yield show
 
 
-def _parts(console: Console) -> Callable[[str, int, int], None]:
-    began: dict[str, tuple[float, int]] = {}
-    last = time.monotonic()
+def _lines(console: Console, *, training: bool) -> Callable[[str, int, int, str, str], None]:
+    """Print a line now and then; for training also the first and the last step."""
+    started: dict[str, tuple[float, int]] = {}
+    last = -LINE_EVERY if training else time.monotonic()
 
-    def show(what: str, done: int, total: int) -> None:
+    def show(part: str, done: int, total: int, detail: str, results: str) -> None:
         nonlocal last
         now = time.monotonic()
-        since, first = began.setdefault(what, (now, done))
-        if now - last < LINE_EVERY:
+        start, first = started.setdefault(part, (now, done))
+        if now - last < LINE_EVERY and not (training and done == total):
             return
         last = now
-        left = f", {(now - since) / (done - first) * (total - done):.0f} s left" if done > first else ""
-        say(f"{what}: {done}/{total}{left}", console)
+        left = f"{(now - start) / (done - first) * (total - done):.0f} s left" if done > first else ""
+        say(", ".join(filter(None, (f"{part} {done}/{total}", detail, left, results))), console)
 
     return show
 
 
-def _lines(console: Console) -> Callable[[Progress], None]:
-    began: tuple[float, int] | None = None
-    last = -LINE_EVERY
-
-    def show(progress: Progress) -> None:
-        nonlocal began, last
-        (step, total, epoch, metrics), now = progress, time.monotonic()
-        began = began or (now, step)
-        if now - last < LINE_EVERY and step < total:
-            return
-        last, done = now, step - began[1]
-        left = f"{(now - began[0]) / done * (total - step):.0f} s left, " if done else ""
-        say(f"step {step}/{total}, epoch {epoch}, {left}{_said(metrics)}", console)
-
-    return show
-
-
-def _said(metrics: dict[str, float]) -> str:
-    return ", ".join(form.format(metrics[name]) for name, form in SHOWN if name in metrics)
+def _in_words(metrics: dict[str, float]) -> str:
+    return ", ".join(form.format(metrics[name]) for name, form in PROGRESS_METRICS if name in metrics)
 
 
 def report_run(run: Path, results: dict[str, dict[str, float]]) -> None:
@@ -193,7 +156,7 @@ def report_evaluation(
 
 
 @contextmanager
-def heard() -> Generator[None]:
+def log_to_stderr() -> Generator[None]:
     """Send the library's log to stderr while a command runs; processes but the first print only what ends them."""
     logger = logging.getLogger("moco")
     handler = _ToStderr(logging.NOTSET if launched().rank == 0 else logging.ERROR)

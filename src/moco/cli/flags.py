@@ -19,7 +19,7 @@ Json = Annotated[bool, Parameter(name="--json", negative="")]
 
 
 def flags_of(section: type[BaseModel], prefix: str = "") -> Any:
-    """A section as flags with the same names, types and help; only the flags that are given become keys.
+    """Return a section as flags of the same names, types and help; only flags that are given become keys.
 
     This is a TypedDict rather than a pydantic model, for which the parser would spend half a second reading pydantic's
     source to find help.
@@ -37,8 +37,8 @@ def flags_of(section: type[BaseModel], prefix: str = "") -> Any:
     return TypedDict(section.__name__, typed, total=False)  # ty: ignore[invalid-argument-type]
 
 
-def spelled(tokens: list[str]) -> list[str]:
-    """Tokens in the parser's spelling: handles `--data X`, hyphens for underscores and `--model.symmetric false`."""
+def normalise(tokens: list[str]) -> list[str]:
+    """Return tokens in the parser's spelling: with `--data X`, hyphens and `--model.symmetric false`."""
     if not tokens or tokens[0] not in SECTIONS:
         return tokens
     hints = {name: field.annotation for name, field in fields(SECTIONS[tokens[0]]).items()}
@@ -56,8 +56,8 @@ def spelled(tokens: list[str]) -> list[str]:
     return result
 
 
-def explained(error: Exception) -> str:
-    """An error as one line for the user of the command."""
+def error_line(error: Exception) -> str:
+    """Return an error as one line for the user of the command."""
     text, flag, known = str(error), "", [*fields(), *EvaluateConfig.model_fields]
     if isinstance(error, CycloptsError) and isinstance(error.__cause__, ValidationError):
         # The parser validates some values one by one: pydantic then does not know which setting they belong to.

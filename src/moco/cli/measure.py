@@ -42,19 +42,19 @@ def evaluate(
         flags: Settings of the protocol.
         as_json: Print the results as JSON.
     """
-    given = settings.parse_evaluation(dict(flags or {}))  # reports a wrong value before torch is loaded
+    chosen = settings.parse_evaluation(dict(flags or {}))  # reports a wrong value before torch is loaded
     from moco.evaluate import evaluate as measure
 
     with working(stderr()) as show:
-        found = measure(source, protocol, data=data, backbone=backbone, out=out, settings=given, on_progress=show)
+        result = measure(source, protocol, data=data, backbone=backbone, out=out, settings=chosen, on_progress=show)
     if launched().rank:  # only the first of several processes reports
         return
     if as_json:
-        print(json.dumps(found.record(), indent=2))
+        print(json.dumps(result.record(), indent=2))
     else:
-        written = found.folder / found.name if found.folder else None
-        title, wrong = f"{found.name} of {source}", found.mixups()
-        report_evaluation(title, found.figures, found.per_class, found.notes, written, wrong)
+        written = result.folder / result.name if result.folder else None
+        title, wrong = f"{result.name} of {source}", result.mixups()
+        report_evaluation(title, result.figures, result.per_class, result.notes, written, wrong)
 
 
 def report(runs: list[Path], /, *, out: Path | None = None, as_json: Json = False) -> None:

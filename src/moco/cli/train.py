@@ -46,11 +46,11 @@ def pretrain(
         flags: Settings that override the recipe.
         as_json: Print the results as JSON.
     """
-    given = flags or {}
+    overrides = flags or {}
     if resume and resume.is_file() and recipe is None:
         raise ValueError(f"{resume} does not hold the settings it was trained with; give a recipe, too")
     continued = resume is not None and not resume.is_file() and resume != out
-    config = _resumed(resume, recipe, out, given) if resume and continued else _chosen(recipe, given)
+    config = _resumed(resume, recipe, out, overrides) if resume and continued else _chosen(recipe, overrides)
     if print_config:
         print(settings.to_yaml(config), end="")
         return
@@ -116,34 +116,34 @@ def doctor(recipe: str | None = None, /, *, as_json: Json = False) -> None:
         print_table("", ("", "value", "note"), rows)
 
 
-def _chosen(recipe: str | None, given: dict[str, Any]) -> PretrainConfig:
-    """The recipe, or settings chosen from the images, overridden by the flags."""
-    if recipe is None and "source" in given.get("data", {}):
+def _chosen(recipe: str | None, overrides: dict[str, Any]) -> PretrainConfig:
+    """Return the recipe, or settings chosen from the images, overridden by the flags."""
+    if recipe is None and "source" in overrides.get("data", {}):
         from moco.training.automatic import auto_config
 
-        config, reasons = auto_config(settings.parse_config({"data": given["data"]}).data)
+        config, reasons = auto_config(settings.parse_config({"data": overrides["data"]}).data)
         for reason in reasons if launched().rank == 0 else ():
             say(reason)
     else:
         config = load_recipe(recipe or "digits")
-    return settings.merge(config, given)
+    return settings.merge(config, overrides)
 
 
-def _resumed(run: Path, recipe: str | None, out: Path | None, given: dict[str, Any]) -> PretrainConfig:
-    """The run's own settings; only those in CONTINUABLE may be given again."""
+def _resumed(run: Path, recipe: str | None, out: Path | None, overrides: dict[str, Any]) -> PretrainConfig:
+    """Return the run's own settings; only those in CONTINUABLE may be given again."""
     from moco.storage.run import Run
 
     if recipe or out:
         raise ValueError(f"--resume was given with {recipe or f'--out {out}'}; a run keeps its own: leave it out")
-    names = [f"{top}.{name}" for top, inner in given.items() if isinstance(inner, dict) for name in inner]
-    names += [top for top, inner in given.items() if not isinstance(inner, dict)]
+    names = [f"{top}.{name}" for top, inner in overrides.items() if isinstance(inner, dict) for name in inner]
+    names += [top for top, inner in overrides.items() if not isinstance(inner, dict)]
     opened = Run.open(run)
     # Naming the code of a run again on the command line means trusting it.
-    trusted = given.get("views", {}).get("recipe") == opened.config.views.recipe
+    trusted = overrides.get("views", {}).get("recipe") == opened.config.views.recipe
     own = (*CONTINUABLE, "views.recipe") if trusted else CONTINUABLE
     fixed = [f"--{name}" for name in names if name not in own]
     if fixed:
         raise ValueError(f"{fixed[0]} was given with --resume; a run keeps its settings: leave it out, or start anew")
     if not trusted:
         opened.refuse_code()
-    return settings.merge(opened.config, given)
+    return settings.merge(opened.config, overrides)

@@ -1,4 +1,4 @@
-"""Collectives that are the identity on one process, and how several act as one.
+"""Collectives that are the identity on one process.
 
 The order of a global batch is interleaved: image `i` of rank `r` is number `i * world_size + r`. Taking every s-th
 image of the global batch as a batch-norm group then means the same on one process and on many.
@@ -23,12 +23,12 @@ def rank() -> int:
 
 
 def on_this_machine() -> int:
-    """Number of processes that share the cores this one may use."""
+    """Return the number of processes that share the cores this one may use."""
     return launched().per_node or world_size()
 
 
 def gather(x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
-    """The global batch, in its interleaved order; every rank gives equally many rows. No gradient flows through."""
+    """Return the global batch, in its interleaved order; all ranks give equally many rows. No gradient flows."""
     world = world_size()
     if world == 1:
         return x.detach()
@@ -38,18 +38,18 @@ def gather(x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
 
 
 def gather_through(x: Shaped[Tensor, "n ..."], device: torch.device) -> Shaped[Tensor, "m ..."]:
-    """`gather` of rows that lie anywhere: they travel by `device`, this rank's, where they cannot on the CPU."""
+    """Gather rows that lie anywhere; they travel through `device`, this rank's, if the backend takes no CPU tensors."""
     over_cpu = world_size() == 1 or torch_dist.get_backend() == "gloo"
     return gather(x.cpu() if over_cpu else x.to(device)).to(x.device)
 
 
 def local(x: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "n ..."]:
-    """This rank's rows of a global batch."""
+    """Return this rank's rows of a global batch."""
     return x[rank() :: world_size()]
 
 
 def permutation(n: int, device: torch.device, generator: torch.Generator | None) -> Int64[Tensor, " n"]:
-    """A random order, the same on all ranks: from a generator that is the same there, else rank 0's."""
+    """Return a random order, the same on all ranks: from a generator that is the same there, or else rank 0's."""
     order = torch.randperm(n, generator=generator).to(device, non_blocking=True)
     if generator is None and world_size() > 1:
         torch_dist.broadcast(order, src=0)
@@ -57,15 +57,15 @@ def permutation(n: int, device: torch.device, generator: torch.Generator | None)
 
 
 def global_permutation(n: int, device: torch.device, generator: torch.Generator | None) -> Int64[Tensor, " n"]:
-    """The same on the CPU, for `exchange`; with a generator the device is not waited for."""
+    """Return a permutation on the CPU, for `exchange`; given a generator, the host does not wait for the device."""
     return permutation(n, torch.device("cpu") if generator else device, generator).cpu()
 
 
 def exchange(x: Shaped[Tensor, "n ..."], order: Int64[Tensor, " m"], *, back: bool = False) -> Shaped[Tensor, "n ..."]:
-    """This rank's rows of the global batch in another order: each rank is sent the rows it is to have, and no others.
+    """Return this rank's rows of the global batch in another order, sending each rank only the rows it needs.
 
-    `gather` sends all rows to all ranks: of 32 images a rank on 64 ranks that is 64 times as much. Works backwards
-    too: `exchange(exchange(x, order), order, back=True)` is `x`. No gradient flows through.
+    `gather` sends all rows to all ranks; with 64 ranks, that is 64 times as much. `back` undoes it:
+    `exchange(exchange(x, order), order, back=True)` is `x`. No gradient flows through.
 
     Args:
         x: rows of this rank; every rank gives equally many.
@@ -100,17 +100,18 @@ def in_shares(
     device: torch.device,
     room: Callable[[int, int], Tensor] = torch.empty,
 ) -> Float[Tensor, "m f"]:
-    """Rows that the ranks make a share of each, whole on all of them and on the CPU.
+    """Divide work that makes rows among the ranks; return all rows on all of them, on the CPU.
 
-    A share is some neighbouring batches, those that one process would take: the result is the same to the last bit.
+    Each rank takes some neighbouring batches, the same that one process would form, so that the result is the same to
+    the last bit.
 
     Args:
-        work: makes float32 rows of these numbers, at least one; only asked for this rank's.
+        work: makes float32 rows for a range of numbers, at least one; called with this rank's.
         total: rows in all.
-        width: of a row.
-        at_once: a batch of `work`, and rows that travel together.
-        device: of this rank; rows travel through it where they cannot on the CPU.
-        room: where the rows are put together, by their number and width.
+        width: length of a row.
+        at_once: rows in a batch of `work`; as many travel together.
+        device: this rank's; rows travel through it if the backend takes none on the CPU.
+        room: makes the tensor for all rows, from their number and width.
     """
     world = world_size()
     if world == 1:

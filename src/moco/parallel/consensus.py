@@ -13,21 +13,21 @@ from moco.parallel.collectives import rank, world_size
 Answer = TypeVar("Answer")
 
 
-_words: Any = None  # a group of the hosts, where tensors travel from GPU to GPU
+_words: Any = None  # a group of the hosts, if tensors travel from GPU to GPU
 
 
 def talk_apart(patience: datetime.timedelta) -> None:
-    """From now on words travel from host to host, and no GPU is waited for; all ranks call it once they are connected.
+    """Send messages from host to host from now on, so that none waits for a GPU; all processes call this.
 
     Args:
-        patience: how long a rank waits for the word of another; for tensors it is what they were connected with.
+        patience: how long a process waits for the message of another.
     """
     global _words
     _words = None if torch_dist.get_backend() == "gloo" else torch_dist.new_group(backend="gloo", timeout=patience)
 
 
 def agree(words: tuple[int, ...]) -> tuple[int, ...]:
-    """The largest of all ranks' words at each place; the host waits for them."""
+    """Return the largest of all processes' words at each place; the host waits for them."""
     if world_size() == 1:
         return words
     largest = torch.tensor(words)
@@ -36,7 +36,7 @@ def agree(words: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def everyone(text: str) -> list[str]:
-    """What each rank says, by rank."""
+    """Return the text of each process, by rank."""
     said: list[Any] = [text] * world_size()
     if world_size() > 1:
         torch_dist.all_gather_object(said, text, group=_words)
@@ -44,15 +44,15 @@ def everyone(text: str) -> list[str]:
 
 
 def union(names: Iterable[str]) -> set[str]:
-    """Names that any rank gives."""
+    """Return the names that any process gives."""
     return {name for said in everyone(json.dumps(sorted(names))) for name in json.loads(said)}
 
 
 def fail_together(error: Exception | None) -> None:
-    """All ranks stop for what went wrong on one of them; to be called by all, with None where nothing did.
+    """Raise an error in all processes if there is one in any; all call this, with None where nothing failed.
 
     Raises:
-        Exception: `error`, where there is one; elsewhere a ValueError that says on which rank, and what.
+        Exception: `error`, where it is given; elsewhere a ValueError that names the process and the error.
     """
     said = everyone("" if error is None else " ".join(str(error).split()) or type(error).__name__)
     if error is not None:
@@ -63,10 +63,10 @@ def fail_together(error: Exception | None) -> None:
 
 
 def together(work: Callable[[], Answer]) -> Answer:
-    """Done by every rank for itself; all stop if it fails on one, which the others would wait for.
+    """Let every process do some work; if it fails in one, all fail, because they would wait for that one.
 
     Raises:
-        Exception: that of `work`; on the other ranks as in `fail_together`.
+        Exception: that of `work`; in the other processes as in `fail_together`.
     """
     try:
         answer, error = work(), None
@@ -77,10 +77,10 @@ def together(work: Callable[[], Answer]) -> Answer:
 
 
 def first(work: Callable[[], Answer]) -> Answer:
-    """Done by rank 0 alone; the answer on all ranks, which wait for it.
+    """Let rank 0 alone do some work; return its answer in all processes, which wait for it.
 
     Raises:
-        Exception: that of `work`; on the other ranks a RuntimeError with its text.
+        Exception: that of `work`; in the other processes a RuntimeError with its text.
     """
     if world_size() == 1:
         return work()

@@ -33,17 +33,17 @@ _FABRIC_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
     "fp64": "32-true",
 }
 PATIENCE = datetime.timedelta(hours=2)
-"""How long ranks wait for one that builds a cache, fetches shards or draws; one that has died is noticed sooner."""
+"""How long processes wait for one that builds a cache, fetches shards or draws; one that died is noticed sooner."""
 STUCK = datetime.timedelta(minutes=30)
-"""How long a GPU waits for the tensors of another: longer than a shard takes to fetch, and it is taken for dead."""
+"""How long a GPU waits for the tensors of another before that one counts as dead; fetching a shard takes less."""
 WAIT = datetime.timedelta(days=1)
 
 
 @contextmanager
 def met() -> Generator[None]:
-    """Within it, processes that torchrun or srun started for something other than training communicate, on the CPU.
+    """Connect processes that torchrun or srun started for something other than training, on the CPU.
 
-    They wait up to a day for each other, because what one rank does alone may take hours.
+    They wait up to a day for each other, because work that one process does alone may take hours.
     """
     start = launched()
     if start.by not in ("torchrun", "slurm") or torch.distributed.is_initialized():
@@ -58,13 +58,13 @@ def met() -> Generator[None]:
         raise _unconnected(error) from None
     try:
         yield
-        torch.distributed.barrier()  # the first process keeps their meeting place: a faster one may be at its next
+        torch.distributed.barrier()  # the first process hosts the connections: nobody may leave before it
     finally:
         torch.distributed.destroy_process_group()
 
 
 def resolve(config: EngineConfig) -> EngineConfig:
-    """Make every choice that is left open, as stored in the run, so that a resumed run makes the same ones.
+    """Make every choice that is left open; it is stored in the run, so that a resumed run makes the same ones.
 
     Raises:
         ValueError: the accelerator is unknown or not available.
@@ -88,7 +88,7 @@ def resolve(config: EngineConfig) -> EngineConfig:
 
 
 def processes(config: EngineConfig) -> tuple[int, int]:
-    """Processes per node and number of nodes: from torchrun or SLURM if they started the run, else the settings.
+    """Return processes per node and number of nodes, from torchrun or SLURM if they started the run, else the settings.
 
     Args:
         config: with its accelerator resolved.
@@ -105,7 +105,7 @@ def processes(config: EngineConfig) -> tuple[int, int]:
 
 
 def threads_each(config: EngineConfig) -> int:
-    """CPU threads per process: torch's default, divided among those of this machine unless OMP_NUM_THREADS is set."""
+    """Return CPU threads per process: torch's default, divided among this machine's unless OMP_NUM_THREADS is set."""
     here = sharing_cores(processes(config)[0])
     return torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() // here)
 
@@ -159,7 +159,7 @@ def _strategy(config: EngineConfig, launch: Launch) -> DDPStrategy:
 
 
 def _environment(launch: Launch) -> LightningEnvironment | SLURMEnvironment | TorchElasticEnvironment:
-    """What Fabric would detect, except for a SLURM job with one task, which starts the other processes itself."""
+    """Return what Fabric would detect, but let a SLURM job with one task start the other processes itself."""
     if launch.by == "torchrun":
         return TorchElasticEnvironment()
     if launch.by != "slurm":
@@ -178,7 +178,7 @@ def _launch(fabric: Fabric) -> None:
 
 
 def _unconnected(error: Exception) -> ValueError:
-    """Why the processes did not find each other, in one line."""
+    """Say in one line why the processes did not find each other."""
     port = os.environ.get("MASTER_PORT")
     if "EADDRINUSE" in str(error):
         return ValueError(
@@ -192,7 +192,7 @@ def _unconnected(error: Exception) -> ValueError:
 
 
 def ddp_options() -> dict[str, Any]:
-    """DDP without buffers sent at each step: all ranks hold the same queue, which is 33 MB at K = 65,536."""
+    """Return options of DDP: do not send buffers, since all ranks hold the same queue (33 MB at K = 65,536)."""
     # Older torch knows only one name, which newer torch deprecates.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     # Gradients lie where they are summed: no copy there and back, and no second set of them.

@@ -1,6 +1,6 @@
 """How this process was started: alone, by torchrun, by SLURM, or by the first process of its run.
 
-Read from the environment without torch, before the processes are connected; afterwards, use `moco.dist`.
+It is read from the environment without torch, before the processes are connected; then use `collectives`.
 """
 
 import os
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 
 class Launch(NamedTuple):
-    """Who started this process, and how many others.
+    """What started this process, and how many others.
 
     Attributes:
         by: `torchrun`, `slurm`, `first` (the run's first process started the others), or `alone`.
@@ -56,7 +56,7 @@ def placed(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 
 def local_rank(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Number of this process among those of its machine; None: nobody has counted them.
+    """Return the number of this process among those of its machine; None if the launcher did not number them.
 
     Args:
         environment: variables by name.
@@ -66,12 +66,12 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int | None:
 
 
 def started_by_first() -> bool:
-    """Whether this machine's first process of the run is the parent of this one."""
+    """Return whether the first process on this machine is the parent of this one."""
     return launched().by == "first" and local_rank() != 0
 
 
 def check_started(environment: Mapping[str, str] = os.environ) -> None:
-    """Check, before waiting for other processes, that something starts them.
+    """Check that the other processes are being started, before waiting for them.
 
     Args:
         environment: variables by name.
@@ -87,7 +87,7 @@ def check_started(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def sharing_cores(per_node: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Number of processes, this one included, that share the cores available to it.
+    """Return the number of processes, this one included, that share the cores available to it.
 
     Args:
         per_node: processes on this machine.
@@ -98,12 +98,12 @@ def sharing_cores(per_node: int, environment: Mapping[str, str] = os.environ) ->
 
 
 def allowed_cores() -> int:
-    """Number of cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def own_cores(per_node: int) -> int:
-    """Cores for this process: its share of those it may use.
+    """Return the number of cores for this process: its part of those it may use.
 
     Args:
         per_node: processes on this machine.
@@ -112,7 +112,7 @@ def own_cores(per_node: int) -> int:
 
 
 def _tasks(environment: Mapping[str, str]) -> int:
-    """How many processes SLURM starts: of this step, else of the job, unless that is an interactive shell."""
+    """Return how many processes SLURM starts in this step, or in the job unless that is an interactive shell."""
     if "SLURM_STEP_NUM_TASKS" in environment:  # srun's own word; below salloc it keeps the shell's job name
         return int(environment["SLURM_STEP_NUM_TASKS"])
     by_hand = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")

@@ -1,4 +1,4 @@
-"""How a run of one or several processes stops: on a signal, for an error on one of them, when the first has ended."""
+"""How a run stops: on a signal, because of an error in one of its processes, or because the first process ended."""
 
 import logging
 import math
@@ -16,17 +16,17 @@ from moco.parallel import collectives, consensus
 from moco.parallel.launch import local_rank, started_by_first
 
 ASK_EVERY = 10
-"""Steps between rounds in which ranks ask each other whether one of them has to stop or save."""
+"""Steps between the rounds in which processes ask each other whether to save or stop."""
 SLOW_STEP = 0.5
-"""Seconds per step above which ranks ask at every step: torchrun and SLURM kill 30 seconds after the first signal."""
+"""Seconds per step above which they ask at every step: torchrun and SLURM kill 30 seconds after the first signal."""
 FAILED = 1_000
-"""The answer if a rank cannot continue; signals are smaller numbers."""
+"""The answer if a process cannot continue; signals are smaller numbers."""
 PARTING = 20.0
-"""Seconds that a process started by the run's first one waits for it to leave first."""
+"""Seconds for which a process waits for the one that started it to leave first."""
 
 
 class Stopped(Exception):
-    """The run was stopped by a signal; everything is saved.
+    """A signal stopped the run; everything is saved.
 
     Args:
         signum: the signal.
@@ -39,7 +39,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """A signal to stop sets a flag that all ranks agree on every few steps; a second Ctrl-C stops at once.
+    """Catch signals to stop, on which all processes agree every few steps; a second Ctrl-C stops at once.
 
     The signals are SIGTERM, Ctrl-C, and SIGUSR1, which SLURM sends when a job's time is nearly over.
     """
@@ -47,7 +47,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = 0
         self.failure: Exception | None = None
-        """Why this rank cannot continue; the others learn of it in the next round."""
+        """Why this process cannot continue; the others learn of it when they next agree."""
         self._asked, self._asked_at = 0, -math.inf  # the step of the last question, and when it was
         self._every = 1  # until it is known how long a step takes
         self._before: dict[int, object] = {}
@@ -68,29 +68,27 @@ class StopSignal:
         self.received = signum
 
     def agreed(self, step: int, *, due: bool, at_once: bool = False) -> tuple[int, bool]:
-        """The signal to stop for (0: none) and whether a checkpoint is due, the same on all ranks.
+        """Return the signal to stop for (0: none), and whether to save; both are the same in all processes.
 
-        The other ranks are asked only every few steps, unless a step takes long: each question makes the host
-        wait.
+        The other processes are asked only every few steps, unless steps take long, because the host waits for the
+        answer.
 
         Args:
-            step: the same on all ranks, as is `at_once`.
-            due: whether a checkpoint is due on this rank.
-            at_once: ask at this step in any case.
+            step: steps trained so far, the same in all processes.
+            due: whether a checkpoint is due in this process.
+            at_once: ask at this step in any case; the same in all processes.
 
         Raises:
-            Exception: the `failure` of a rank.
+            Exception: the `failure` of a process.
         """
         if collectives.world_size() == 1:
-            return self.received, due
+            return self.received, due or self.received > 0
         if step % self._every and not at_once:
             return 0, False
         own = FAILED if self.failure else 1 + self.received if self.received else int(due)
-        now = time.monotonic()
-        slow = now - self._asked_at > SLOW_STEP * max(1, step - self._asked)
+        slow = time.monotonic() - self._asked_at > SLOW_STEP * max(1, step - self._asked)
         word, slow_anywhere = consensus.agree((own, int(slow)))
-        if step != self._asked:  # else it is kNN that took long
-            self._every = 1 if slow_anywhere else ASK_EVERY
+        self._every = 1 if slow_anywhere else ASK_EVERY
         self._asked, self._asked_at = step, time.monotonic()
         if word == FAILED:
             consensus.fail_together(self.failure)
@@ -99,16 +97,16 @@ class StopSignal:
 
 @contextmanager
 def queued_again() -> Generator[None]:
-    """Within it SIGUSR1 puts this SLURM job back into the queue at once: for work that needs no saving.
+    """Put this SLURM job back into the queue as soon as SIGUSR1 arrives; for work that needs no saving.
 
-    Before the first step and after the last nobody asks `StopSignal`, and a run's first cache may take hours.
+    Nothing asks `StopSignal` before the first step and after the last, and building a run's cache may take hours.
     """
     if os.name != "posix" or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def queue(signum: int, frame: FrameType | None) -> None:
-        # One of each machine: the run's first process may be waiting for the others, and then runs no Python.
+        # One process of each machine does it: the run's first may be waiting for others, and then runs no Python.
         if not local_rank():
             _queue_again()
 
@@ -121,9 +119,9 @@ def queued_again() -> Generator[None]:
 
 
 def part_in_order(stopped: Stopped) -> None:
-    """End the processes in order after a stop: the first requeues the job in SLURM, the others let it leave first.
+    """Let the first process requeue the job in SLURM, and leave before the others.
 
-    Whoever starts processes takes one that ends as a failure, and kills the others.
+    Launchers take a process that ends for a failure, and kill the others.
     """
     if os.name == "posix" and stopped.signum == signal.SIGUSR1:
         consensus.first(_queue_again)  # the others wait: srun may end the step as soon as one has left
@@ -134,7 +132,7 @@ def part_in_order(stopped: Stopped) -> None:
 
 
 def end_with_first() -> None:
-    """Where this machine's first process started this one: it ends soon after that one has, even in a collective."""
+    """End this process soon after the one that started it, even in a collective."""
     if started_by_first():
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 

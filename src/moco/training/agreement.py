@@ -1,110 +1,71 @@
-"""Agreement among the processes of a run: all have the same images and checkpoint, and if one fails, all stop."""
+"""The processes of a run check that they have the same settings, images, step and unreadable files."""
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
-
-from torch import Tensor
+from collections.abc import Callable
 
 from moco.config import PretrainConfig
 from moco.data import Splits, fingerprint
 from moco.parallel import collectives, consensus
-from moco.parallel.signals import StopSignal
-from moco.training.step import Training
 
 log = logging.getLogger("moco")
 
 
-def load_alike(load: Callable[[], Splits], config: PretrainConfig) -> Splits:
-    """Load the images on every rank, and check that all ranks have the same.
+def load_same_images(load: Callable[[], Splits], config: PretrainConfig) -> Splits:
+    """Load the images in every process, and check that all have the same.
 
     Args:
         load: loads the images.
-        config: settings, which have to be the same, too.
+        config: settings, which must be the same, too.
 
     Raises:
-        Exception: that of `load`; on the other ranks a ValueError that says on which, and what.
-        ValueError: on all ranks: one of them has different images or settings.
+        Exception: what `load` raised; in the other processes a ValueError that names the process and the error.
+        ValueError: in all processes: one has different images or settings.
     """
     if collectives.world_size() == 1:
         return load()
     splits = consensus.together(load)
-    for what, own in (("settings", _of_settings(config)), ("images", _of_images(splits))):
-        said = consensus.everyone(own)
-        for number, text in enumerate(said):
-            if text != said[0]:
+    for what, digest in (("settings", _digest_of_settings(config)), ("images", _digest_of_images(splits))):
+        digests = consensus.everyone(digest)
+        for number, other in enumerate(digests):
+            if other != digests[0]:
                 raise ValueError(
-                    f"process {number} has different {what} from process 0 ({_shown(text)}, {_shown(said[0])}); "
-                    f"give every process the same {what}"
+                    f"process {number} has different {what} from process 0 ({_shortened(other)}, "
+                    f"{_shortened(digests[0])}); give every process the same {what}"
                 )
     return splits
 
 
-def start_alike(done: int, *, anew: bool) -> None:
-    """Check that all ranks start from the same step; each has looked for a checkpoint and read it by itself.
+def check_same_step(step: int, *, fresh: bool) -> None:
+    """Check that all processes start from the same step, because each has looked for a checkpoint by itself.
 
     Args:
-        done: steps that this rank's weights have been trained for.
-        anew: the weights were drawn, not read from a checkpoint.
+        step: steps that this process's weights have been trained for.
+        fresh: whether the weights were drawn, not read from a checkpoint.
 
     Raises:
-        ValueError: on all ranks: they do not.
+        ValueError: in all processes: they start from different steps.
     """
-    said = consensus.everyone("starts anew" if anew else f"resumes at step {done}")
-    for number, text in enumerate(said):
-        if text != said[0]:
+    starts = consensus.everyone("starts anew" if fresh else f"resumes at step {step}")
+    for number, start in enumerate(starts):
+        if start != starts[0]:
             raise ValueError(
-                f"process {number} {text}, process 0 {said[0]}; --out and --resume must name one folder that all "
+                f"process {number} {start}, process 0 {starts[0]}; --out and --resume must name one folder that all "
                 "machines share: if it was written to a moment ago, start again"
             )
 
 
-def _shown(text: str) -> str:
-    return text.rpartition(" ")[0] + " " + text.rpartition(" ")[2][:8]
-
-
-def _of_settings(config: PretrainConfig) -> str:
-    """A digest of the settings, without those that say where images are and what a machine has."""
-    own = {"data": {"source", "cache", "workers", "memory"}, "engine": {"accelerator", "devices", "nodes", "threads"}}
-    # Each rank may have its own folder for the cache, but whether there is one decides what crops are made from.
-    said = f"{config.model_dump_json(exclude=own)} {config.data.cache is None}"
-    return f"sha256 {hashlib.sha256(said.encode()).hexdigest()}"
-
-
-def _of_images(splits: Splits) -> str:
-    parts = [part for part in splits if part is not None]
-    digest = hashlib.sha256("".join(map(fingerprint, parts)).encode()).hexdigest()
-    return f"{' and '.join(str(len(part)) for part in parts)} of sha256 {digest}"
-
-
-def carried_on(
-    batches: Iterator[tuple[Tensor, Tensor]], training: Training, signals: StopSignal
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches; if one rank of several cannot read its images, black ones until all have agreed to stop.
-
-    Otherwise the others would wait for it. The result of the black batches is discarded.
-    """
-    try:
-        yield from batches
-    except Exception as error:
-        if collectives.world_size() == 1:
-            raise
-        signals.failure = error
-        while True:
-            yield training.spare()
-
-
-def share_bad(own: list[str], known: set[str], *, num_images: int, max_bad: float) -> None:
-    """Count the unreadable files of all ranks at the end of an epoch; the first rank logs those of the others.
+def agree_on_unreadable(own: list[str], known: set[str], *, num_images: int, max_bad: float) -> None:
+    """Count the unreadable files of all processes at the end of an epoch; the first logs those that others found.
 
     Args:
-        own: unreadable files that this rank has met so far.
-        known: those of all ranks in earlier epochs; updated in place.
+        own: unreadable files that this process has found so far.
+        known: those that all processes found in earlier epochs; updated in place.
         num_images: images in the data set.
         max_bad: largest fraction of them that may be unreadable.
 
     Raises:
-        ValueError: on all ranks: more are unreadable.
+        ValueError: in all processes: more are unreadable.
     """
     if collectives.world_size() == 1:
         return
@@ -118,3 +79,21 @@ def share_bad(own: list[str], known: set[str], *, num_images: int, max_bad: floa
             f"{len(bad)} of {num_images} files could not be read so far, expected at most {max_bad:.2%}; remove them "
             f"or raise data.max_bad: {', '.join(map(repr, sorted(bad)[:5]))}"
         )
+
+
+def _shortened(digest: str) -> str:
+    return digest.rpartition(" ")[0] + " " + digest.rpartition(" ")[2][:8]
+
+
+def _digest_of_settings(config: PretrainConfig) -> str:
+    """Digest all settings but those that say where images are and what a machine has."""
+    own = {"data": {"source", "cache", "workers", "memory"}, "engine": {"accelerator", "devices", "nodes", "threads"}}
+    # Each process may have its own folder for the cache, but whether there is one decides what crops are made from.
+    text = f"{config.model_dump_json(exclude=own)} {config.data.cache is None}"
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _digest_of_images(splits: Splits) -> str:
+    parts = [part for part in splits if part is not None]
+    digest = hashlib.sha256("".join(map(fingerprint, parts)).encode()).hexdigest()
+    return f"{' and '.join(str(len(part)) for part in parts)} of sha256 {digest}"

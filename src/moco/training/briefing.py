@@ -1,6 +1,7 @@
-"""What is logged before training starts, and what is recorded about the machine."""
+"""What is logged before training starts or continues, and what is recorded about the machine."""
 
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -12,10 +13,13 @@ from moco.config import PretrainConfig
 from moco.method.model import MoCo
 from moco.method.variants import choose_batchnorm, loss_range
 from moco.parallel import collectives
+from moco.training.step import Training
+
+log = logging.getLogger("moco")
 
 
 def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float, mask_own: bool) -> list[str]:
-    """The lines logged before training starts: everything that people otherwise guess wrong.
+    """Return the lines logged before training starts: everything that people otherwise guess wrong.
 
     Args:
         config: settings of the run.
@@ -59,7 +63,7 @@ def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float,
 
 
 def cautions(config: PretrainConfig, num_images: int, *, mask_own: bool) -> list[str]:
-    """Settings that are legal but known to go wrong."""
+    """Return warnings about settings that are valid but known to go wrong."""
     settings, found = config.model, []
     if settings.queue_size and choose_batchnorm(settings) == "plain":
         found.append(
@@ -80,7 +84,7 @@ def cautions(config: PretrainConfig, num_images: int, *, mask_own: bool) -> list
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine, as recorded in environment.json."""
+    """Return versions and machine, as recorded in environment.json."""
     names = ("moco-ssl", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
     versions: dict[str, str | None] = {}
     for name in names:
@@ -98,8 +102,31 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def say_resumed(training: Training, state: dict[str, Any]) -> None:
+    """Log where a run continues, and whether that is exact.
+
+    Args:
+        training: restored.
+        state: the checkpoint it was restored from, without its weights.
+    """
+    if collectives.rank() != 0:
+        return
+    log.info("continued at step %d of %d", training.done, training.total)
+    saved = state.get("images", {"sha256": training.images})
+    if saved["sha256"] != training.images:
+        log.warning(
+            "the images differ from those of the saved run (%s then, %s now, or another order); training "
+            "continues, but the result will not match an uninterrupted run",
+            f"{saved['number']:,}",
+            f"{training.num_images:,}",
+        )
+    before = state.get("processes", 1)
+    if before != collectives.world_size():
+        log.info(exactness(training.config, before, state.get("groups", 0), training.groups))
+
+
 def exactness(config: PretrainConfig, before: int, groups_before: int, groups: int) -> str:
-    """The line that is logged when a run is resumed on a different number of processes.
+    """Return the line that is logged when a run is resumed on a different number of processes.
 
     Args:
         config: settings of the run.

@@ -55,7 +55,7 @@ class Meter:
         self.count += 1
 
     def read(self) -> dict[str, float]:
-        """Return the means over all ranks; the only place where the host waits for the device."""
+        """Return the means over all processes; only here does the host wait for the device."""
         mean = collectives.all_reduce_sum(self.sums) / (self.count * collectives.world_size())
         loss, positive, negative, accuracy, spread = mean.tolist()
         self.sums.zero_()
@@ -69,11 +69,11 @@ class Meter:
         }
 
     def level(self) -> None:
-        """Replace the sums by their mean over ranks, so that what is saved does not depend on the number of ranks."""
+        """Replace the sums by their mean over processes, so that what is saved does not depend on their number."""
         self.sums.copy_(collectives.all_reduce_sum(self.sums) / collectives.world_size())
 
     def finite(self) -> bool:
-        """Whether every value so far is finite; waits for the device."""
+        """Return whether every value so far is finite; wait for the device."""
         return bool(self.sums.isfinite().all())
 
     def state(self) -> dict[str, Any]:
@@ -117,18 +117,18 @@ class Clock:
 
 
 def spread(keys: Tensor) -> Tensor:
-    """Standard deviation of unit vectors per dimension, times sqrt(d): 1 if even on the sphere, 0 if collapsed."""
+    """Return the deviation of unit vectors per dimension, times sqrt(d): 1 if even on the sphere, 0 if collapsed."""
     return keys.std(dim=0).mean() * math.sqrt(keys.shape[1])
 
 
 class MetricsWriter:
-    """Appends rows to metrics.csv; each row is flushed at once.
+    """A writer of rows to metrics.csv, each flushed at once.
 
     Args:
         path: the file; created with its header if it does not exist.
         columns: names of the columns, the first of which is `step`.
         keep_until: rows of later steps are removed, because a resumed run writes them again.
-        active: false on all ranks but the first; those write nothing.
+        active: false in all processes but the first, which alone writes.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...], *, keep_until: int, active: bool = True):

@@ -1,10 +1,10 @@
-"""The training loop, on one page; everything under it is Lightning Fabric.
+"""Pre-training from beginning to end; `loop.py` is the loop, `Training.step` in `step.py` is one step of MoCo.
 
-`pretrain` sets up, `_train` is the loop, `moco.training.Training.step` is one step of momentum contrast.
+Everything under them is Lightning Fabric.
 """
 
 import logging
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from moco.parallel.fabric import build_fabric, loss_named
 from moco.parallel.signals import Stopped, StopSignal, part_in_order, queued_again
 from moco.report.page import refresh
 from moco.report.pictures import draw_results, draw_start
-from moco.storage import checkpoint, encoder_files
+from moco.storage import encoder_files
 from moco.storage.run import Run
-from moco.training.agreement import load_alike, start_alike
-from moco.training.briefing import briefing, cautions, environment
+from moco.training.agreement import check_same_step, load_same_images
+from moco.training.briefing import briefing, cautions, environment, say_resumed
 from moco.training.build import prepare
-from moco.training.loop import Show, run_to_the_end
-from moco.training.settings import settle, settle_here
+from moco.training.loop import OnProgress, save, train
+from moco.training.metrics import COLUMNS, MetricsWriter
+from moco.training.official import continue_from_official
+from moco.training.settings import find_start
 from moco.training.step import Training
 
 log = logging.getLogger("moco")
@@ -35,7 +37,7 @@ def pretrain(
     out: str | Path | None = None,
     data: Any = None,
     resume: str | Path | None = None,
-    on_progress: Show | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Run:
     """Train an encoder on unlabelled images; labels, if there are any, are only used to measure it.
 
@@ -64,60 +66,55 @@ def pretrain(
     Example:
         >>> run = moco.pretrain("digits", out="runs/first")                                  # doctest: +SKIP
     """
-    file = Path(resume) if resume is not None and Path(resume).is_file() else None
-    if file and file.parent.name == "checkpoints" and (whole := file.parent.parent / "config.yaml").is_file():
-        raise ValueError(f"{file} belongs to a run; to resume, give the run's folder: --resume {whole.parent}")
-    if file and config is None:
-        raise ValueError(f"{file} does not hold the settings it was trained with; give a recipe, too")
-    either = resume is not None and out is not None and Path(out) == Path(resume)
-    ahead = either and not (Path(out or "") / "checkpoints" / "last.ckpt").is_file()
-    earlier = None if resume is None or file or ahead else Run.open(resume)
-    if earlier and out is not None and not either:
-        raise ValueError(f"out is {out} and resume {resume}; a run continues in its own folder: omit out")
-    config = settle(config, data, earlier, again=either)
-    path = earlier.path if earlier else Path(out) if out else _free_folder(config)
-    # A run that was killed before its first checkpoint holds nothing that would be lost.
-    if earlier is None and not (ahead and (path / "config.yaml").is_file()):
-        Run.refuse_taken(path)
-    state = checkpoint.load(earlier.last) if earlier else None
-    if earlier and state:
-        config = settle_here(config, earlier, state)
-    source = encoder_files.read_any(file, backbone=config.model.backbone) if file else None
-    fabric = build_fabric(config.engine, config.monitor.loggers, path)
-    with queued_again(), loss_named(path):
-        splits = load_alike(lambda: _images(config, data), config)
-        groups = state.get("groups", 0) if state else 0
-        training = prepare(config, splits, fabric, fresh=not (earlier or file), groups=groups)
-        if earlier and state:
-            training.restore(state, earlier.last)
-            # The weights have been copied: only what `run_to_the_end` says of the earlier part is kept for hours.
-            state = {name: state[name] for name in ("images", "processes", "groups", "unlogged") if name in state}
-        if source and file:
-            training.adopt(source, file)
-        start_alike(training.done, anew=not earlier)
-        run = earlier or Run(path, config)
-        consensus.first(run.remove_partial if earlier else run.begin)
+    start = find_start(config, data, out, resume)
+    run, state, fresh = start.resumed or Run(start.path, start.config), start.state or {}, start.resumed is None
+    official = None
+    if start.official:
+        official = encoder_files.read_any(start.official, backbone=start.config.model.backbone)
+    fabric = build_fabric(start.config.engine, start.config.monitor.loggers, run.path)
+    with queued_again(), loss_named(run.path):
+        splits = load_same_images(lambda: _images(start.config, data), start.config)
+        draws_weights = fresh and not official
+        training = prepare(start.config, splits, fabric, fresh=draws_weights, groups=state.get("groups", 0))
+        if not fresh:
+            training.restore(state, run.last)
+            del state["model"], state["optimizer"]  # copied: they need not be held for hours
+        if official and start.official:
+            continue_from_official(training, official, start.official)
+        check_same_step(training.done, fresh=fresh)
+        consensus.first(run.begin if fresh else run.remove_partial)
         with run.logged() if collectives.rank() == 0 else nullcontext():
-            if state is None:
+            if fresh:
                 _introduce(training, run, splits)
-            with StopSignal() as signals:
-                try:
-                    trained = run_to_the_end(
-                        training, run, splits, state, signals, on_progress or (lambda progress: None)
-                    )
-                except Stopped as stopped:
-                    part_in_order(stopped)
-                    raise
-            if trained:  # whoever stops us from here on loses nothing that is not made anew
-                _conclude(training, run, splits)
+            else:
+                say_resumed(training, state)
+            if consensus.first(lambda: training.done < training.total or "trained encoder" not in run.results):
+                _train_to_the_end(training, run, on_progress or (lambda progress: None), fresh=fresh)
+                _conclude(training, run, splits)  # a process killed from here on has lost nothing
     return run
+
+
+def _train_to_the_end(training: Training, run: Run, on_progress: OnProgress, *, fresh: bool) -> None:
+    """Open metrics.csv, take care of signals, and train."""
+    leads, table = collectives.rank() == 0, run.path / "metrics.csv"
+    metrics = consensus.together(lambda: MetricsWriter(table, COLUMNS, keep_until=training.done, active=leads))
+    with closing(metrics), StopSignal() as signals:
+        if fresh:
+            save(training, run, metrics)  # a process killed from here on can be resumed
+        try:
+            train(training, run, metrics, signals, on_progress if leads else None)
+        except Stopped as stopped:
+            if leads:
+                refresh(run, between=0, live=False)
+            part_in_order(stopped)
+            raise
 
 
 def _introduce(training: Training, run: Run, splits: Splits) -> None:
     """Log the briefing, and measure and draw what is known before the first step."""
     config, monitor = training.config, training.monitor
 
-    def say() -> None:
+    def brief() -> None:
         lr = resolved_lr(config.optim, config.batch_size)
         for line in briefing(config, training.core, training.num_images, lr=lr, mask_own=training.mask_own):
             log.info(line)
@@ -127,30 +124,30 @@ def _introduce(training: Training, run: Run, splits: Splits) -> None:
             log.info(training.origin)
         run.write_json("environment.json", environment(training.fabric.device))
 
-    consensus.first(say)
-    start = "encoder at the start" if training.origin else "untrained encoder"
-    results = {"raw pixels": monitor.measure_pixels(), start: monitor.measure()}
+    consensus.first(brief)
+    encoder = "encoder at the start" if training.origin else "untrained encoder"
+    results = {"raw pixels": monitor.accuracies_of_pixels(), encoder: monitor.accuracies()}
     return_freed_memory()
 
-    def show() -> None:
+    def draw() -> None:
         run.write_json("results.json", results)
         draw_start(run, splits)
         refresh(run)
 
-    consensus.first(show)
+    consensus.first(draw)
 
 
 def _conclude(training: Training, run: Run, splits: Splits) -> None:
-    """Measure and draw what the trained encoder finds."""
-    watch = training.monitor
-    found = watch.measure()
+    """Measure the trained encoder, and draw what it finds."""
+    monitor = training.monitor
+    results = monitor.accuracies()
 
-    def show() -> None:
-        draw_results(run, watch.encoder, watch.projector, splits.train, watch.final)
-        run.write_json("results.json", run.results | {"trained encoder": found})
+    def draw() -> None:
+        draw_results(run, monitor.encoder, monitor.projector, splits.train, monitor.final)
+        run.write_json("results.json", run.results | {"trained encoder": results})
         refresh(run, between=0)
 
-    consensus.first(show)
+    consensus.first(draw)
     return_freed_memory()
 
 
@@ -158,12 +155,3 @@ def _images(config: PretrainConfig, data: Any) -> Splits:
     if data is None or isinstance(data, str | Path):
         return load_data(config.data)
     return Splits(as_images(data, channels=config.data.channels), None)
-
-
-def _free_folder(config: PretrainConfig) -> Path:
-    """runs/NAME, or runs/NAME-2 and so on if that is taken."""
-    number, path = 1, Path("runs") / config.recipe
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{config.recipe}-{number}"
-    return path

@@ -1,4 +1,4 @@
-"""A run in memory: model, optimizer, views and data; the training step, and the state that a checkpoint holds."""
+"""A run in memory: model, optimizer, views and data; one step of training, and the state that a checkpoint holds."""
 
 import random
 from dataclasses import dataclass
@@ -13,14 +13,11 @@ from torch import Tensor
 
 from moco.config import PretrainConfig
 from moco.data import Loader
-from moco.method.batchnorm import average_running_statistics
 from moco.method.model import MoCo
 from moco.method.optim import key_momentum, learning_rate, set_lr
-from moco.parallel import collectives, consensus
-from moco.storage import checkpoint, encoder_files
-from moco.storage.foreign import QUERY_HEAD, Foreign
-from moco.storage.run import Run
-from moco.training.metrics import Clock, Meter, MetricsWriter, spread
+from moco.parallel import collectives
+from moco.storage import checkpoint
+from moco.training.metrics import Clock, Meter, spread
 from moco.training.monitor import Monitor
 from moco.views.two_views import TwoViews
 
@@ -43,29 +40,28 @@ class Training:
     total: int
     meter: Meter
     clock: Clock
-    images: str  # fingerprint of those it trains on
-    groups: int  # that batch-norm statistics of a forward pass are taken over, of all ranks; 0: no such groups
+    images: str  # their fingerprint
+    groups: int  # batch-norm groups in a forward pass of all processes; 0: none that other processes could form
     done: int = 0
     best: float = -1.0
     origin: str = ""  # where weights were taken from, in words
-    failure: Exception | None = None  # why a row could not be written on this rank: no checkpoint may count on it
     used: tuple[float, float] = (0.0, 0.0)  # learning rate and key momentum of the last step
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
+        """Return the learning rate of the next step."""
         config, per_epoch = self.config, self.loader.steps_per_epoch
         epochs, batch = config.epochs, config.batch_size
         return learning_rate(config.optim, self.done, steps_per_epoch=per_epoch, epochs=epochs, batch_size=batch)
 
     @property
     def key_momentum(self) -> float:
-        """Momentum of the next update. In the published order that update opens the next step, so it uses its value."""
+        """Return the momentum of the next update, which in the published order opens the next step."""
         model, planned = self.config.model, self.config.epochs * self.loader.steps_per_epoch
         return key_momentum(model.momentum, model.momentum_schedule, self.done + 1, total_steps=planned)
 
     def step(self, images: Tensor, ids: Tensor, epoch: int) -> None:
-        """Views, loss, gradients and optimizer step; then the key encoder is updated and the keys enter the queue."""
+        """Make views, loss and gradients, and step the optimizer; then update the key encoder and enqueue the keys."""
         config, fabric, device = self.config, self.fabric, self.fabric.device
         lr, momentum = self.used = self.lr, self.key_momentum
         set_lr(self.optimizer, lr)
@@ -95,21 +91,9 @@ class Training:
         self.core.update(whole([out.keys for out in outs], num_views), momentum=momentum, ids=key_ids)
         self.done += 1
 
-    def spare(self) -> tuple[Tensor, Tensor]:
-        """A batch of black images, for a rank that has run out and must continue until all have agreed to stop."""
-        config, number = self.config, self.config.batch_size // collectives.world_size()
-        shape = (number, *([] if self.in_memory else [2]), config.data.channels, config.views.size, config.views.size)
-        device = self.fabric.device if self.in_memory else None
-        return torch.zeros(shape, dtype=torch.uint8, device=device), torch.zeros(number, dtype=torch.int64)
-
-    def state(self, *, unlogged: bool = False) -> dict[str, Any]:
-        """The state for a checkpoint: all that the rest of the run depends on, whatever the number of processes.
-
-        Args:
-            unlogged: whether the row of the last step, with kNN, is still to be written.
-        """
+    def state(self) -> dict[str, Any]:
+        """Return all that the rest of the run depends on, for a checkpoint; the same for any number of processes."""
         return {
-            "unlogged": unlogged,
             "processes": collectives.world_size(),
             "groups": self.groups,
             "images": {"number": self.num_images, "sha256": self.images},
@@ -125,6 +109,7 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Restore what `state` returned; `path`: the checkpoint, for messages."""
         checkpoint.load_weights(self.core, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self.best = state["step"], state["best"]
@@ -132,84 +117,6 @@ class Training:
         self.meter.restore(state["meter"])
         self.clock.restore(state["clock"])
         restore_random_state(state["random"])
-
-    def adopt(self, source: Foreign, path: Path) -> None:
-        """Continue from a training checkpoint of the official code, at the start of its next epoch.
-
-        The official code updates the key encoder before a step, this one after it: the missing update is made here.
-
-        Raises:
-            ValueError: what the file lacks, or how it differs from the settings.
-        """
-        lacks = [
-            what
-            for what, there in (
-                ("optimizer", source.optimizer),
-                ("number of epochs", source.epoch is not None),
-                ("key encoder", source.part("key_encoder.")),
-                ("queue", source.part("queue.") or self.core.queue is None),
-            )
-            if not there
-        ]
-        if lacks:
-            raise ValueError(
-                f"{path} holds no {' and no '.join(lacks)}, so training cannot be resumed from it (released files "
-                f"never hold these); start from its weights with --init_from {path}"
-            )
-        config, epoch = self.config, source.epoch or 0
-        done = epoch * self.loader.steps_per_epoch
-        if done >= self.total:
-            raise ValueError(f"{path} is already at epoch {epoch} of {config.epochs}; raise --epochs or --steps")
-        ours = self.core.state_dict()
-        optional = {n: each for n, each in ours.items() if n.endswith((".num_batches_tracked", "queue.ids"))}
-        checkpoint.load_weights(self.core, optional | source.tensors, path)
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": self._adopted_state(source, path)})
-        self.done = done
-        planned = config.epochs * self.loader.steps_per_epoch
-        momentum = key_momentum(config.model.momentum, config.model.momentum_schedule, done, total_steps=planned)
-        none = torch.empty(0, config.model.dim, device=self.fabric.device)
-        self.core.update(none, momentum=momentum)
-        held = source.summary(QUERY_HEAD, "key_encoder.", "predictor.", "queue.")
-        self.origin = f"continues at step {done} from {path}: {held}"
-
-    def _adopted_state(self, source: Foreign, path: Path) -> dict[int, dict[str, Any]]:
-        """The optimizer's state of the parameters trained here, by their number."""
-        name, states = self.config.optim.name, source.optimizer or {}
-        kept = ("momentum_buffer",) if name in ("sgd", "lars") else ("step", "exp_avg", "exp_avg_sq")
-        result: dict[int, dict[str, Any]] = {}
-        trained = [(n, each) for n, each in self.core.named_parameters() if each.requires_grad]
-        for number, (parameter, value) in enumerate(trained):
-            state = dict(states.get(parameter, {}))
-            if "mu" in state:  # as the official LARS calls it
-                state["momentum_buffer"] = state.pop("mu")
-            tensors = [state.get(key) for key in kept if key != "step"]
-            fits = all(isinstance(each, Tensor) and each.shape == value.shape for each in tensors)
-            if not fits or not state.keys() >= set(kept):
-                raise ValueError(
-                    f"{path} holds the state of another optimizer: expected {' and '.join(kept)} of {parameter}, found "
-                    f"{' and '.join(state) or 'nothing'}; give the --optim.name it was trained with"
-                )
-            result[number] = {key: state[key] for key in kept}
-        return result
-
-    def save(self, run: Run, metrics: MetricsWriter, path: Path, *, unlogged: bool = False) -> None:
-        """Save a checkpoint; the first rank writes it, but all have to call this, and all fail if it cannot."""
-        average_running_statistics(self.core)
-        self.meter.level()
-        if not self.meter.finite():
-            raise RuntimeError(
-                f"the loss became NaN or infinite by step {self.done}; lower --optim.base_lr, or use "
-                "--engine.precision fp32; the last checkpoint was kept"
-            )
-
-        def write() -> None:
-            if self.failure:
-                raise self.failure
-            metrics.sync()
-            checkpoint.save(path, self.state(unlogged=unlogged))
-            encoder_files.save_encoder(run.path, self.monitor.encoder)
-
-        consensus.first(write)
 
 
 def whole(parts: list[Tensor], num_views: int) -> Shaped[Tensor, "m ..."]:
@@ -231,7 +138,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that training code could use, as tensors and plain values."""
+    """Return the state of every generator that training code could use, as tensors and plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     held: dict[str, Any] = {
         "torch": torch.get_rng_state(),
