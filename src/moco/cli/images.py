@@ -46,16 +46,16 @@ def embed(
         precision: `fp32`, `bf16`, or `auto`: bf16 where it is fast.
         as_json: Print what was written as JSON.
     """
-    from moco.embeddings.convert import convert, refuse_missing
+    from moco.embeddings.convert import convert, check_format
     from moco.embeddings.embed import embed_to
-    from moco.embeddings.shared_writing import own_share
+    from moco.embeddings.shared_writing import rank_and_world_size
     from moco.embeddings.table import UNREADABLE, read_meta
 
-    refuse_missing(format)
+    check_format(format)
     with working(stderr()) as show:
         count = partial(show, "features")
         embed_to(out, source, images, part=part, batch_size=batch_size, precision=precision, on_progress=count)
-    if own_share()[0]:  # only the first of several processes reports
+    if rank_and_world_size()[0]:  # only the first of several processes reports
         return
     written, meta = convert(out, format), read_meta(out)
     if as_json:
