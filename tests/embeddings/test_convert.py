@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from doubles import encoder, noise, picture
-from moco.embeddings.convert import convert, check_format
+from moco.embeddings.convert import check_format, convert
 from moco.embeddings.embed import embed_to
 from moco.embeddings.table import Embeddings, load
 

@@ -1,15 +1,16 @@
-"""Laying out vectors on a plane so that those with similar directions are near each other."""
+"""Lay out vectors on a plane so that those with similar directions are near each other."""
 
 import importlib
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float32
-from torch import Tensor
 
 from moco.data.spacing import evenly
+from moco.embeddings.neighbours import unit
+from moco.messages import closest
 from moco.packages import install
 
 Method = Literal["tsne", "pca", "umap", "pacmap"]
@@ -55,6 +56,7 @@ def coordinates(
         ValueError: there are no rows, or values are not finite.
         ImportError: the method's package is not installed.
     """
+    check_method(method)
     if not len(vectors):
         raise ValueError("there are no vectors to lay out; expected at least one image")
     chosen = evenly(len(vectors), landmarks)
@@ -65,22 +67,27 @@ def coordinates(
     return Places((0.5 + (places - (low + high) / 2) / side).astype(np.float32), components, notes)
 
 
+def check_method(method: str) -> None:
+    """Raise those errors of `coordinates` that are known before anything is computed."""
+    if method not in _NAMES:
+        raise ValueError(
+            f"unknown layout {method!r}; expected one of {', '.join(_NAMES)}{closest(method, list(_NAMES))}"
+        )
+    if method in ("umap", "pacmap") and find_spec(method) is None:
+        raise ImportError(f"{_NAMES[method]} needs an extra: run {install('maps')}")
+
+
 def _principal(vectors: np.ndarray, chosen: np.ndarray, seed: int) -> Float32[np.ndarray, "n d"]:
     from sklearn.decomposition import PCA
 
-    sample = _unit(vectors[chosen]).numpy()
+    sample = unit(vectors[chosen]).numpy()
     if not np.isfinite(sample).all():
         raise ValueError("some vectors are not finite; expected features of a sound encoder: embed the images again")
     if len(chosen) < 3 or np.ptp(sample, axis=0).max() < 1e-6:  # nothing to tell apart: a collapsed encoder
         return np.zeros((len(vectors), 2), dtype=np.float32)
     pca = PCA(min(DIMENSIONS, *sample.shape), svd_solver="randomized", random_state=seed).fit(sample)
     blocks = [vectors[start : start + _BLOCK] for start in range(0, len(vectors), _BLOCK)]
-    return np.concatenate([pca.transform(_unit(block).numpy()) for block in blocks]).astype(np.float32)
-
-
-def _unit(vectors: np.ndarray) -> Float[Tensor, "n f"]:
-    # A copy of a mapped block, because torch warns about read-only memory.
-    return F.normalize(torch.from_numpy(np.array(vectors, dtype=np.float32)), dim=1)
+    return np.concatenate([pca.transform(unit(block).numpy()) for block in blocks]).astype(np.float32)
 
 
 def _places(
@@ -123,12 +130,7 @@ def _mapping(method: Method, sample: np.ndarray, seed: int) -> Any:
             n_jobs=1,  # one map from one seed, on any number of cores
         )
         return mapping.fit_transform(sample)
-    if method not in _NAMES:
-        raise ValueError(f"unknown method {method!r} for a map; expected one of {', '.join(_NAMES)}")
-    try:
-        package: Any = importlib.import_module(method)
-    except ImportError as error:
-        raise ImportError(f"{_NAMES[method]} needs an extra ({error}): run {install('maps')}") from None
+    package: Any = importlib.import_module(method)
     if method == "umap":
         mapping = package.UMAP(n_neighbors=min(15, len(sample) - 1), init=start, random_state=seed, n_jobs=1)
         return mapping.fit_transform(sample)
