@@ -78,6 +78,7 @@ def check_method(method: str) -> None:
 
 
 def _principal(vectors: np.ndarray, chosen: np.ndarray, seed: int) -> Float32[np.ndarray, "n d"]:
+    """Return principal components of all unit vectors, fitted to the chosen ones."""
     from sklearn.decomposition import PCA
 
     sample = unit(vectors[chosen]).numpy()
@@ -93,17 +94,19 @@ def _principal(vectors: np.ndarray, chosen: np.ndarray, seed: int) -> Float32[np
 def _places(
     components: np.ndarray, chosen: np.ndarray, method: Method, seed: int
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    total, sample = len(components), components[chosen]
+    """Return the positions of all vectors, the chosen ones by the method, and notes on how they were found."""
+    total, sample, name = len(components), components[chosen], _NAMES[method]
     if len(chosen) < FEWEST or not sample.any():
         turn = 2 * np.pi * np.arange(total) / total
         alike = () if sample.any() or len(chosen) < FEWEST else ("All images look the same to this encoder.",)
         return np.stack([np.cos(turn), np.sin(turn)], axis=1), alike
     if method == "pca":
-        placed = _first_two(components)
-        return placed, (f"Placed by {_NAMES[method]}: images that are near are similar in these two directions.",)
+        note = f"Placed by {name}: images that are near are similar in these two directions."
+        return _first_two(components), (note,)
+    meaning = "images that are near are similar; far distances mean little"
     placed = np.asarray(_mapping(method, sample, seed), dtype=np.float32)
     if len(chosen) == total:
-        return placed, (f"Placed by {_NAMES[method]}: images that are near are similar; far distances mean little.",)
+        return placed, (f"Placed by {name}: {meaning}.",)
     places = np.empty((total, 2), dtype=np.float32)
     known = torch.from_numpy(sample)
     for first in range(0, total, _BLOCK):
@@ -113,11 +116,11 @@ def _places(
         places[first : first + _BLOCK] = (weight[:, :, None] * placed[nearest.numpy()]).sum(axis=1)
     places[chosen] = placed
     others = f"Each of the other {total - len(chosen):,} is placed between the five most similar of these."
-    meaning = "images that are near are similar; far distances mean little"
-    return places, (f"{_NAMES[method]} placed {len(chosen):,} images: {meaning}.", others)
+    return places, (f"{name} placed {len(chosen):,} images: {meaning}.", others)
 
 
 def _mapping(method: Method, sample: np.ndarray, seed: int) -> Any:
+    """Lay out principal components by t-SNE, UMAP or PaCMAP, each starting from the first two."""
     start = _first_two(sample)
     if method == "tsne":
         from sklearn.manifold import TSNE
@@ -138,6 +141,5 @@ def _mapping(method: Method, sample: np.ndarray, seed: int) -> Any:
 
 
 def _first_two(components: np.ndarray) -> Float32[np.ndarray, "n 2"]:
-    start = np.zeros((len(components), 2), dtype=np.float32)
-    start[:, : components.shape[1]] = components[:, :2]
-    return start
+    """Return the first two components; zeros stand for the second if there is only one."""
+    return np.pad(components[:, :2], ((0, 0), (0, max(0, 2 - components.shape[1]))))

@@ -1,4 +1,4 @@
-"""Finding near-duplicates and outliers in a set of images."""
+"""Find near-duplicates and outliers in a set of images."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +80,7 @@ def _unite(parents: Int64[np.ndarray, " n"], left: Int64[np.ndarray, " p"], righ
 
 
 def _roots(parents: Int64[np.ndarray, " n"], rows: Int64[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
+    """Return the root of each row's group."""
     while not np.array_equal(above := parents[rows], rows):
         rows = above
     return rows

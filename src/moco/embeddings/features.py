@@ -157,6 +157,4 @@ def forward(encoder: ImageEncoder, images: Float[Tensor, "n c h w"], precision: 
 
 def pixels(images: Images, *, size: int) -> Tensor:
     """Return raw pixels as features, float32 `[n, c * size * size]` in [0, 1]: the baseline for every encoder."""
-    if isinstance(images, ArrayImages) and tuple(images.images.shape[2:]) == (size, size):
-        return images.images.flatten(1).float() / 255
-    return resized(images, list(range(len(images))), size=size).flatten(1).float() / 255
+    return resized(images, range(len(images)), size=size).flatten(1).float() / 255

@@ -1,9 +1,10 @@
-"""The exact order of neighbours, and candidates for it among very many vectors, from a graph.
+"""Rank rows by cosine similarity: all of them exactly, or those that a graph finds among very many.
 
 The graph is HNSW (Malkov and Yashunin 2016, arXiv:1603.09320), built by usearch.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,17 +112,16 @@ def rank_candidates(
 
 
 def _graph(vectors: np.ndarray, saved: Path | None) -> Any:
+    """Return the graph in a file, or build it, and keep it where there is a file and the folder can be written to."""
     try:
         from usearch.index import Index
     except ImportError:
         raise ImportError(f"approximate search needs an extra: run {install('ann')}") from None
     if saved and saved.is_file():
-        try:
+        with suppress(ValueError, RuntimeError):  # a damaged file
             index = Index.restore(saved, view=True)  # mapped, not read into memory
-        except (ValueError, RuntimeError):
-            index = None
-        if index is not None and (len(index), index.ndim) == vectors.shape:
-            return index
+            if index is not None and (len(index), index.ndim) == vectors.shape:
+                return index
     index, step = Index(ndim=vectors.shape[1], metric="cos", dtype=KIND), max(1, GRAPH_BLOCK // vectors.shape[1])
     for start in range(0, len(vectors), step):
         block = np.array(vectors[start : start + step])

@@ -14,7 +14,7 @@ from jaxtyping import Int64, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from moco.data import ArrayImages, BadImage, FileImages, Images, as_images
+from moco.data import BadImage, FileImages, Images, as_images
 from moco.embeddings.embed import fingerprint
 from moco.embeddings.features import features
 from moco.embeddings.ranking import rank_all, rank_candidates
@@ -223,9 +223,7 @@ def _row(table: Embeddings, item: Any) -> int:
 def _pixels(item: Any, channels: int) -> UInt8[Tensor, "c h w"]:
     if isinstance(item, str | Path):
         return FileImages((str(item),), None, None, (), channels).decode(0)
-    images = as_images(item[None] if isinstance(item, np.ndarray | Tensor) else [item], channels=channels)
-    assert isinstance(images, ArrayImages)
-    return images.images[0]
+    return as_images(item[None] if isinstance(item, np.ndarray | Tensor) else [item], channels=channels).decode(0)
 
 
 def _encoder_of(table: Embeddings, source: Any) -> tuple[ImageEncoder, str]:

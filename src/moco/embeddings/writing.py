@@ -42,7 +42,9 @@ class Writer:
 
     def __init__(self, folder: Path, meta: Meta):
         _begin(folder, meta)
-        self._folder, self._files = folder, {name: _opened(folder / name) for name in (VECTORS, *HEADS)}
+        for name in (VECTORS, *HEADS):
+            (folder / name).touch()
+        self._folder, self._files = folder, {name: (folder / name).open("r+b") for name in (VECTORS, *HEADS)}
         try:
             self._resume()
         except BaseException:
@@ -179,11 +181,6 @@ def _begin(folder: Path, meta: Meta) -> None:
 def _write_meta(folder: Path, meta: Meta) -> None:
     text = json.dumps(meta.model_dump(), indent=2) + "\n"
     write_atomically(folder / META, lambda file: file.write(text.encode()))
-
-
-def _opened(path: Path) -> BinaryIO:
-    path.touch()
-    return path.open("r+b")
 
 
 def _head(name: str, rows: int, columns: int) -> bytes:
