@@ -18,7 +18,7 @@ from moco.data import ArrayImages, BadImage, FileImages, Images, as_images, load
 from moco.embeddings.features import OnProgress, feature_batches, features, resolve_precision
 from moco.embeddings.shared_writing import write_shared
 from moco.embeddings.table import Embeddings, Meta, Settings, absolute_source, load, load_part
-from moco.embeddings.writing import Unreadable, Writer
+from moco.embeddings.writing import Writer
 from moco.method.encoder import ImageEncoder
 from moco.packages import versions
 from moco.parallel.device import own_device
@@ -138,7 +138,7 @@ def _write(folder: Path, meta: Meta, encoder: ImageEncoder, images: Images, on_p
                     vectors.numpy()[[index - batch.start for index in good]],
                     [images.paths[index] for index in good],
                     None if images.labels is None else images.labels[good].tolist(),
-                    skipped + [Unreadable(each.path, each.reason) for each in bad.values()],
+                    [*skipped, *bad.values()],
                     done=batch.stop,
                 )
                 skipped = []
@@ -147,14 +147,14 @@ def _write(folder: Path, meta: Meta, encoder: ImageEncoder, images: Images, on_p
         writer.finish()
 
 
-def _skipped(images: Images) -> list[Unreadable]:
+def _skipped(images: Images) -> list[BadImage]:
     """Return the files that were skipped when the images were listed, and why each cannot be read."""
-    files, found = FileImages(images.skipped, None, None), list[Unreadable]()
+    files, found = FileImages(images.skipped, None, None), list[BadImage]()
     for start in range(0, len(files), 32):
         some = range(len(files))[start : start + 32]
         for index, each in zip(some, files.decode_many(some), strict=True):
             reason = each.reason if isinstance(each, BadImage) else "it could not be read at first"
-            found.append(Unreadable(files.paths[index], reason))
+            found.append(BadImage(files.paths[index], reason))
     return found
 
 

@@ -51,12 +51,7 @@ def rank_all(
 ) -> Ranking:
     """Rank all rows exactly: float32 finds slightly more candidates than needed, float64 ranks them.
 
-    Args:
-        vectors: float32 `[n, f]`, not necessarily normalised; may be memory-mapped.
-        queries: features of the queries.
-        k: number of answers per query.
-        own: the query's own row, which is left out; -1 if it has none.
-        farthest: rank the least similar rows instead, least similar first.
+    Vectors need not be normalised, and may be memory-mapped. Each query's `own` row, or -1 if it has none, is left out.
 
     Raises:
         ValueError: a vector is not finite.

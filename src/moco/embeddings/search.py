@@ -157,13 +157,9 @@ def _graph_file(table: Embeddings) -> Path | None:
 
 
 def picture(table: Embeddings, queries: Queries, *, count: int = COUNT, images: Images | None = None) -> Figure:
-    """Draw each query with the images most and least similar to it, their classes and similarities.
+    """Draw each query with the `count` images most and least similar to it, their classes and similarities.
 
-    Args:
-        table: the embeddings.
-        queries: queries read for these embeddings.
-        count: number of images at either end.
-        images: images of the rows; not given: read from their paths.
+    The images of the rows are read from their paths, unless they are given.
     """
     images = images or images_of(table)
     ends = [answer(table, queries, k=count, farthest=farthest) for farthest in (False, True)]

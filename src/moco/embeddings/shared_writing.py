@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moco.embeddings.table import FILES, META, Meta, process_folders, read_meta
-from moco.embeddings.writing import join, refuse_other_table, remove_partial_files
+from moco.embeddings.writing import join, read_begun, remove_partial_files
 from moco.parallel import collectives
 from moco.parallel.launch import placed
 
@@ -104,8 +104,5 @@ def _remove_process_folders(out: Path, meta: Meta) -> None:
 
 
 def _finished(folder: Path, meta: Meta) -> bool:
-    if not (folder / META).is_file():
-        return False
-    before = read_meta(folder)
-    refuse_other_table(folder, before, meta)
-    return before.complete
+    begun = read_begun(folder, meta)
+    return begun is not None and begun.complete

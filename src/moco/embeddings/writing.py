@@ -9,22 +9,16 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, final
+from typing import BinaryIO, final
 
 import numpy as np
 
+from moco.data import BadImage
 from moco.embeddings.table import FILES, HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta
 from moco.files import disk_full_named, take_lock, write_atomically
 
 SYNC_EVERY = 5.0
 """Seconds between syncs of everything so far to disk."""
-
-
-class Unreadable(NamedTuple):
-    """An image that has no row."""
-
-    path: str
-    reason: str
 
 
 @final
@@ -89,7 +83,7 @@ class Writer:
         vectors: np.ndarray,
         paths: Sequence[str],
         labels: Sequence[int] | None,
-        unreadable: Sequence[Unreadable],
+        unreadable: Sequence[BadImage],
         *,
         done: int,
     ) -> None:
@@ -102,7 +96,7 @@ class Writer:
         with disk_full_named(self._folder):
             self._files[VECTORS].write(np.ascontiguousarray(vectors, dtype="<f4").data)
             self._files[IMAGES].write(_csv(rows))
-            self._files[UNREADABLE].write(_csv(unreadable))
+            self._files[UNREADABLE].write(_csv((bad.path, bad.reason) for bad in unreadable))
         counts = {"rows": meta.rows + len(vectors), "unreadable": meta.unreadable + len(unreadable), "done": done}
         self.meta = meta.model_copy(update=counts)
         if time.monotonic() - self._synced >= SYNC_EVERY:
@@ -129,8 +123,15 @@ class Writer:
         _write_meta(self._folder, self.meta)
 
 
-def refuse_other_table(folder: Path, old: Meta, new: Meta) -> None:
-    """Raise a ValueError that says in what two descriptions of a table differ, if they do."""
+def read_begun(folder: Path, new: Meta) -> Meta | None:
+    """Return the description of the table in a folder, or None if there is none.
+
+    Raises:
+        ValueError: it is not the table that `new` describes; the message says in what they differ.
+    """
+    if not (folder / META).is_file():
+        return None
+    old = read_meta(folder)
     what = {"encoder": "another encoder", "images": "other images (names, order, labels or pixels)"}
     for name, before in old.settings:
         now = getattr(new.settings, name)
@@ -139,6 +140,7 @@ def refuse_other_table(folder: Path, old: Meta, new: Meta) -> None:
             raise ValueError(f"{folder} was begun with {difference}; give the same again, or another --out")
     if (old.start, old.stop, old.columns) != (new.start, new.stop, new.columns):
         raise ValueError(f"{folder} is for other rows of the table; use as many processes again, or another --out")
+    return old
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -169,8 +171,7 @@ def join(folders: Sequence[Path], out: Path) -> None:
 
 def _begin(folder: Path, meta: Meta) -> None:
     """Create the folder; an existing one must hold the same table."""
-    if (folder / META).is_file():
-        refuse_other_table(folder, read_meta(folder), meta)
+    if read_begun(folder, meta):
         return
     if folder.exists() and (not folder.is_dir() or any(not each.name.startswith(".") for each in folder.iterdir())):
         raise FileExistsError(f"{folder} exists and holds no embeddings; give another --out")
