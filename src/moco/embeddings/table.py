@@ -123,20 +123,21 @@ def load(folder: str | Path) -> Embeddings:
         vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
         with (folder / IMAGES).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             lines = csv.reader(file)
-            head, rows = tuple(next(lines, ())), [(path, label) for path, label, _ in lines]
-        labels = [int(label) for _, label in rows if label]
+            head, paths, labels = tuple(next(lines, ())), list[str](), list[int]()
+            for path, label, _ in lines:
+                paths.append(path)
+                labels += [int(label)] if label else []
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise ValueError(f"{folder} is damaged ({' '.join(str(error).split())}); embed the images again") from None
-    if vectors.shape != (meta.rows, meta.columns) or vectors.dtype != np.float32 or len(rows) != meta.rows:
+    if vectors.shape != (meta.rows, meta.columns) or vectors.dtype != np.float32 or len(paths) != meta.rows:
         raise ValueError(
-            f"{folder} is damaged: {vectors.dtype} vectors of shape {vectors.shape} and {len(rows)} names, expected "
+            f"{folder} is damaged: {vectors.dtype} vectors of shape {vectors.shape} and {len(paths)} names, expected "
             f"float32 {(meta.rows, meta.columns)}; embed the images again"
         )
     known = range(len(meta.classes or ()))
     if head != HEADS[IMAGES] or len(labels) not in (0, meta.rows) or not all(label in known for label in labels):
         raise ValueError(f"{folder / IMAGES} does not match meta.json; embed the images again")
-    paths = tuple(path for path, _ in rows)
-    return Embeddings(vectors, paths, np.array(labels) if labels else None, meta.classes, folder=folder)
+    return Embeddings(vectors, tuple(paths), np.array(labels) if labels else None, meta.classes, folder=folder)
 
 
 def read_meta(folder: str | Path) -> Meta:
