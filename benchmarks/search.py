@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import rows
-from moco.embeddings.search import Asked, answer
+from moco.embeddings.search import Queries, answer
 from moco.embeddings.table import Embeddings
 
 
@@ -34,11 +34,11 @@ def main() -> None:
         table = Embeddings(np.load(path, mmap_mode="r"), tuple(map(str, range(options.rows))), None, None)
         asked_rows = np.linspace(0, options.rows - 1, options.queries).astype(np.int64)
         names = tuple(table.paths[row] for row in asked_rows)
-        asked = Asked(names, made[asked_rows], asked_rows, (None,) * options.queries)
+        queries = Queries(names, made[asked_rows], asked_rows, {})
         seconds = []
         for _ in range(options.rounds):
             began = time.perf_counter()
-            found = answer(table, asked, k=options.k)
+            found = answer(table, queries, k=options.k)
             seconds.append(time.perf_counter() - began)
     right = sum(set(found.rows[place]) == reference(made, row, options.k) for place, row in enumerate(asked_rows))
     row = rows.where() | {

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -116,6 +117,26 @@ def test_explore_saves_one_page(table, tmp_path, capsys):
     assert main(["explore", str(table), "--save", str(page), "--max", "9", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"page": str(page), "images": 9}
     assert "cats" in page.read_text()
+
+
+def test_explore_lays_out_by_another_method_and_keeps_each_map(table, tmp_path, capsys, monkeypatch):
+    page, kept = tmp_path / "map.html", table / "layout.npz"
+    assert main(["explore", str(table), "--save", str(page)]) == 0
+    assert "Placed by t-SNE" in page.read_text() and kept.is_file() and not (table / "layout-pca.npz").exists()
+    before = kept.stat().st_mtime_ns
+    for _ in range(2):
+        assert main(["explore", str(table), "--save", str(page), "--layout", "pca"]) == 0
+        assert "Placed by the first two principal components" in page.read_text()
+    assert (table / "layout-pca.npz").is_file() and kept.stat().st_mtime_ns == before
+    assert main(["explore", str(table), "--save", str(page)]) == 0
+    assert "Placed by t-SNE" in page.read_text() and kept.stat().st_mtime_ns == before
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "umap", None)
+    for layout, code, says in (("umap", 1, 'pip install "moco-ssl[maps]"'), ("tsnee", 2, "tsne")):
+        assert main(["explore", str(table), "--save", str(tmp_path / "none.html"), "--layout", layout]) == code
+        err = capsys.readouterr().err
+        assert says in err and err.startswith("moco: ") and err.count("\n") == 1
+    assert not (tmp_path / "none.html").exists()
 
 
 def test_explore_serves_until_ctrl_c(table, command):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from doubles import encoder, noise, picture
-from moco.embeddings.convert import convert, refuse_missing
+from moco.embeddings.convert import check_format, convert
 from moco.embeddings.embed import embed_to
 from moco.embeddings.table import Embeddings, load
 
@@ -61,7 +61,7 @@ def test_parquet_of_images_without_labels_has_nulls(tmp_path):
 
 def test_parquet_without_its_extra_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for call in (lambda: convert(folder, "parquet"), lambda: refuse_missing("parquet")):
+    for call in (lambda: convert(folder, "parquet"), lambda: check_format("parquet")):
         with pytest.raises(ImportError, match=r'Parquet needs an extra: run pip install "moco-ssl\[parquet\]"'):
             call()
 
@@ -122,7 +122,7 @@ def test_npy_is_what_it_is(folder):
 
 
 def test_an_unknown_format_names_the_known_ones(folder):
-    for call in (lambda: convert(folder, "parket"), lambda: refuse_missing("parket")):
+    for call in (lambda: convert(folder, "parket"), lambda: check_format("parket")):
         with pytest.raises(ValueError, match="unknown format 'parket': expected one of npy, parquet, tensorboard; did"):
             call()
 

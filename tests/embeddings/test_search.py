@@ -9,7 +9,7 @@ from PIL import Image
 import moco.embeddings.ranking as ranking_module
 from doubles import encoder, noise
 from moco.embeddings.embed import embed_to
-from moco.embeddings.search import answer, ask, picture, search
+from moco.embeddings.search import answer, picture, read_queries, search
 from moco.embeddings.table import Embeddings, load
 from moco.figures import save
 from moco.storage.encoder_files import save_encoder
@@ -152,7 +152,7 @@ def test_a_query_that_is_in_the_table_shortens_nobody_elses_answers(folder, phot
     assert found.rows[1].tolist() == [*alone.rows[0], -1] and found.paths[1] == alone.paths[0]
     assert found.labels is not None and (found.labels < 0).tolist() == (found.rows < 0).tolist()
     assert np.isnan(found.similarities).tolist() == (found.rows < 0).tolist()
-    figure = picture(folder, ask(load(folder), [photos / "new.png", 3]), shown=50)
+    figure = picture(load(folder), read_queries(load(folder), [photos / "new.png", 3]), count=50)
     assert len(figure.axes) == (1 + 12 + 12) + (1 + 11 + 11)
 
 
@@ -174,7 +174,7 @@ def test_a_table_of_a_relative_folder_is_searched_from_anywhere(run, photos, tmp
     (tmp_path / "link").symlink_to(photos)
     for query in (emb.paths[7], tmp_path / "link" / "in" / "dogs" / "07.png"):
         assert 7 not in search(emb, query, k=11).rows
-    figure = picture(emb, ask(emb, 7), shown=2)
+    figure = picture(emb, read_queries(emb, 7), count=2)
     assert all(np.ptp(np.asarray(axes.images[0].get_array())) > 0 for axes in figure.axes)
 
 
@@ -240,10 +240,10 @@ def test_embeddings_in_memory_search_with_their_encoder_or_ask_for_it():
 
 def test_the_picture_shows_the_query_and_both_ends_with_class_and_score_in_their_proportions(folder, photos, tmp_path):
     emb = load(folder)
-    asked = ask(emb, [photos / "new.png", 7])
-    figure = picture(emb, asked, shown=3)
+    queries = read_queries(emb, [photos / "new.png", 7])
+    figure = picture(emb, queries, count=3)
     written = [text.get_text() for text in figure.texts[3:]]  # behind the headings
-    near, far = (answer(emb, asked, k=3, farthest=farthest) for farthest in (False, True))
+    near, far = (answer(emb, queries, k=3, farthest=farthest) for farthest in (False, True))
     assert near.labels is not None and emb.classes is not None
     for query, name in enumerate(("new.png", "dogs")):
         want = [name]
@@ -262,6 +262,6 @@ def test_the_picture_shows_the_query_and_both_ends_with_class_and_score_in_their
 
 
 def test_images_that_are_gone_are_grey_in_the_picture():
-    figure = picture(table(np.eye(9)), ask(table(np.eye(9)), 4), shown=2)
+    figure = picture(table(np.eye(9)), read_queries(table(np.eye(9)), 4), count=2)
     assert len(figure.axes) == 5
     assert all((np.asarray(axes.images[0].get_array()) == 128).all() for axes in figure.axes)

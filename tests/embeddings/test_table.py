@@ -12,7 +12,7 @@ import moco
 from doubles import encoder, noise, picture
 from moco.data import DATASETS, ArrayImages, BadImage, Splits
 from moco.embeddings.embed import embed_to
-from moco.embeddings.table import Embeddings, images_of, load, read_meta, whole_source
+from moco.embeddings.table import Embeddings, absolute_source, images_of, load, read_meta
 
 
 @pytest.fixture
@@ -145,16 +145,16 @@ def test_a_table_with_relative_names_opens(table: Path) -> None:
 
 @pytest.mark.parametrize("name", ["digits", "hf:mnist", "https://a.example/{0..3}.tar", "cifar11"])
 def test_names_that_are_no_folders_stay_as_they_are(name: str) -> None:
-    assert whole_source(name) == name
+    assert absolute_source(name) == name
 
 
 def test_folders_and_shards_get_their_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    assert whole_source("photos") == whole_source("./photos/") == str(tmp_path / "photos")
-    assert whole_source("s/{0..3}.tar") == str(tmp_path / "s" / "{0..3}.tar")
+    assert absolute_source("photos") == absolute_source("./photos/") == str(tmp_path / "photos")
+    assert absolute_source("s/{0..3}.tar") == str(tmp_path / "s" / "{0..3}.tar")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert whole_source("~/photos") == str(tmp_path / "photos")
+    assert absolute_source("~/photos") == str(tmp_path / "photos")
 
 
 def test_an_unfinished_table_is_refused_in_one_line_that_says_how_to_go_on(table: Path) -> None:

@@ -255,7 +255,7 @@ def test_several_processes_write_the_table_of_one(
         monkeypatch.setenv("RANK", str(rank))
         with pytest.raises(Waited):
             embed_to(out, encoder(), photos, **settings)
-    with pytest.raises(FileNotFoundError, match="only shares of a table that several processes began"):
+    with pytest.raises(FileNotFoundError, match="only what several processes have begun to write"):
         load(out)
     monkeypatch.setenv("RANK", "0")
     embed_to(out, encoder(), photos, **settings)
@@ -267,7 +267,7 @@ def test_several_processes_write_the_table_of_one(
 def test_a_process_that_stopped_writing_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(shared_writing, "SAID_AFTER", 0.0)
+    monkeypatch.setattr(shared_writing, "LOG_AFTER", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     seen, out, sleep = list[float](), tmp_path / "emb", time.sleep
 
@@ -286,7 +286,7 @@ def test_a_process_that_stopped_writing_is_not_waited_for(
     assert "waiting for share-00001-of-00002, which other processes write" in caplog.text
     monkeypatch.setattr(collectives, "world_size", lambda: 3)
     monkeypatch.setattr(collectives, "rank", lambda: 2)
-    assert shared_writing.own_share() == (2, 3)  # in a script, after training
+    assert shared_writing.rank_and_world_size() == (2, 3)  # in a script, after training
 
 
 def test_folders_that_are_no_shares_of_this_table_are_left_alone(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import moco
 from moco.config import parse_config
 from moco.data import ArrayImages, FileImages
+from moco.embeddings.coordinates import Method
 from moco.embeddings.embed import embed_to
 from moco.explore import kept, thumbnails
 from moco.explore.atlas import Atlas, open_atlas, page_data
@@ -429,9 +430,9 @@ def test_a_run_is_embedded_and_laid_out_again_only_if_it_was_trained_on(
         )
         save_encoder(run.path, encoder)
 
-    def counted(vectors: np.ndarray) -> Layout:
+    def counted(vectors: np.ndarray, *, method: Method) -> Layout:
         calls.append("laid out")
-        return lay_out(vectors)
+        return lay_out(vectors, method=method)
 
     def opened() -> Atlas:
         calls.clear()

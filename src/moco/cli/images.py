@@ -4,7 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -46,16 +46,16 @@ def embed(
         precision: `fp32`, `bf16`, or `auto`: bf16 where it is fast.
         as_json: Print what was written as JSON.
     """
-    from moco.embeddings.convert import convert, refuse_missing
+    from moco.embeddings.convert import check_format, convert
     from moco.embeddings.embed import embed_to
-    from moco.embeddings.shared_writing import own_share
+    from moco.embeddings.shared_writing import rank_and_world_size
     from moco.embeddings.table import UNREADABLE, read_meta
 
-    refuse_missing(format)
+    check_format(format)
     with working(stderr()) as show:
         count = partial(show, "features")
         embed_to(out, source, images, part=part, batch_size=batch_size, precision=precision, on_progress=count)
-    if own_share()[0]:  # only the first of several processes reports
+    if rank_and_world_size()[0]:  # only the first of several processes reports
         return
     written, meta = convert(out, format), read_meta(out)
     if as_json:
@@ -99,67 +99,54 @@ def search(
         encoder: Where the encoder of the embeddings is now, if it has moved.
         as_json: Print the answers as JSON.
     """
-    if sum(given is not None for given in (query or row, duplicates, outliers)) != 1 or (query and row):
+    if sum(value is not None for value in (query or row, duplicates, outliers)) != 1 or (query and row):
         raise ValueError("expected one of --query IMAGE, --row NUMBER, --duplicates SIMILARITY and --outliers COUNT")
-    for name, given in (("--picture", picture), ("--farthest", farthest), ("--approximate", approximate)):
-        if given and not (query or row):
+    for name, value in (("--picture", picture), ("--farthest", farthest), ("--approximate", approximate)):
+        if value and not (query or row):
             raise ValueError(f"{name} was given without --query or --row; add one of them, or leave {name} out")
     from moco.embeddings.table import load
 
     table = load(embeddings)
-    if query or row:
-        told = _answers(
-            table, query or row, encoder=encoder, k=k, farthest=farthest, approximate=approximate, picture=picture
-        )
-    elif duplicates is not None:
-        told = _groups(table, duplicates)
+    if duplicates is not None:
+        columns, rows = _groups(table, duplicates)
+    elif outliers is not None:
+        columns, rows = _outliers(table, outliers, k)
     else:
-        told = _outliers(table, outliers or 0, k)
-    columns, rows = told
+        columns, rows = _answers(table, query or row, encoder, k, farthest, approximate, picture)
     if duplicates is not None and not rows:
         say(f"No two images are as similar as {duplicates:g}; try a lower threshold.")
-        if not as_json:
-            return
     if as_json:
-        print(json.dumps([dict(zip(columns, each, strict=True)) for each in rows], indent=2))
+        print(json.dumps([dict(zip(columns, cells, strict=True)) for cells in rows], indent=2))
         return
     by_query = columns[0] == "query"
-    for title in dict.fromkeys(each[0] for each in rows) if by_query else ("",):
-        cells = [[str(cell) for cell in each[by_query:]] for each in rows if not by_query or each[0] == title]
-        print_table(str(title), columns[by_query:], cells)
+    for title in dict.fromkeys(cells[0] if by_query else "" for cells in rows):
+        shown = [[str(cell) for cell in cells[by_query:]] for cells in rows if not by_query or cells[0] == title]
+        print_table(title, columns[by_query:], shown)
     if picture:
         say(f"Picture: {picture}")
 
 
 def _answers(
-    table: "Embeddings",
-    asked_for: Any,
-    *,
-    encoder: str | None,
-    k: int,
-    farthest: bool,
-    approximate: bool,
-    picture: Path | None,
+    table: "Embeddings", query: Any, encoder: str | None, k: int, farthest: bool, approximate: bool, path: Path | None
 ) -> Rows:
-    from moco.embeddings.search import answer, ask
-    from moco.embeddings.search import picture as draw
+    from moco.embeddings.search import answer, picture, read_queries
     from moco.embeddings.table import images_of
     from moco.figures import save
 
-    asked = ask(table, asked_for, encoder=encoder)
-    found = answer(table, asked, k=k, farthest=farthest, approximate=approximate)
-    if picture:
+    queries = read_queries(table, query, encoder=encoder)
+    found = answer(table, queries, k=k, farthest=farthest, approximate=approximate)
+    if path:
         images = images_of(table)
         if images is None:
             where = f"the first is {table.paths[0]!r}"
             say(f"The images of the table were not found ({where}); the picture shows grey squares instead.")
-        save(draw(table, asked, images=images), picture)
+        save(picture(table, queries, images=images), path)
     answers = zip(found.queries, found.rows.tolist(), found.similarities.tolist(), strict=True)
     return ("query", "similarity", "class", "row", "path"), [
-        (name, round(similarity, 4), table.class_of(place) or "", place, table.paths[place])
-        for name, places, similarities in answers
-        for place, similarity in zip(places, similarities, strict=True)
-        if place >= 0
+        (name, round(similarity, 4), table.class_of(row) or "", row, table.paths[row])
+        for name, rows, similarities in answers
+        for row, similarity in zip(rows, similarities, strict=True)
+        if row >= 0
     ]
 
 
@@ -187,6 +174,7 @@ def explore(
     *,
     save: Path | None = None,
     most: Annotated[int | None, Parameter(name="--max")] = None,
+    layout: Literal["tsne", "pca", "umap", "pacmap"] = "tsne",
     host: str = "127.0.0.1",
     port: int = 0,
     browser: Annotated[bool, Parameter(name="--open", negative="--no-open")] = True,
@@ -198,6 +186,7 @@ def explore(
         source: Folder of a run, whose training images are embedded; or a folder written by `moco embed`.
         save: Write the map to this single file, which opens without a server, and start no server.
         most: Most images on the map, evenly spaced if there are more; not given: 5,000 for a run, else 100,000.
+        layout: Method that places the images; `umap` and `pacmap` need the extra `maps`.
         host: Address to listen on; for any but 127.0.0.1, the printed URL contains an access token.
         port: Port to listen on; 0: any free port.
         browser: Open a browser.
@@ -209,7 +198,7 @@ def explore(
 
     with working(stderr()) as tell:
         most = MOST_OF_RUN if save and most is None else most
-        atlas = open_atlas(source, most=most, on_progress=tell)
+        atlas = open_atlas(source, most=most, layout=layout, on_progress=tell)
     if save:
         save_page(atlas, save)
         print(json.dumps({"page": str(save), "images": len(atlas.embeddings)}) if as_json else save)

@@ -1,9 +1,9 @@
-"""Converting a finished table of embeddings for other programs."""
+"""Convert a finished table of embeddings for other programs."""
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
@@ -47,47 +47,42 @@ def convert(folder: str | Path, format: str, *, images: Images | None = None) ->
         >>> convert("emb", "parquet")                                                        # doctest: +SKIP
         PosixPath('emb/embeddings.parquet')
     """
-    if format not in FORMATS:
-        known = list(FORMATS)
-        raise ValueError(f"unknown format {format!r}: expected one of {', '.join(known)}{closest(format, known)}")
+    check_format(format)
     return FORMATS[format](Path(folder), load(folder), images)
 
 
-def refuse_missing(format: str) -> None:
+def check_format(format: str) -> None:
     """Raise those errors of `convert` that are known before anything is computed."""
     if format not in FORMATS:
-        convert(".", format)
+        known = list(FORMATS)
+        raise ValueError(f"unknown format {format!r}: expected one of {', '.join(known)}{closest(format, known)}")
     if format == "parquet":
-        _pyarrow()
-
-
-def _as_it_is(folder: Path, embeddings: Embeddings, images: Images | None) -> Path:
-    return folder
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise ImportError(f"Parquet needs an extra: run {install('parquet')}") from None
 
 
 def _to_parquet(folder: Path, embeddings: Embeddings, images: Images | None) -> Path:
-    pa = _pyarrow()
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = embeddings.vectors.shape[1]
-    schema = pa.schema(
-        [
-            pa.field("path", pa.string()),
-            pa.field("label", pa.int64()),
-            pa.field("class", pa.string()),
-            pa.field("vector", pa.list_(pa.float32(), columns)),
-        ]
-    )
+    types = {"path": pa.string(), "label": pa.int64(), "class": pa.string(), "vector": pa.list_(pa.float32(), columns)}
+    schema = pa.schema(list(types.items()))
+    step = max(1, BLOCK // columns)
 
     def write(file: BinaryIO) -> None:
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            for rows in _blocks(len(embeddings), columns):
+            for start in range(0, len(embeddings), step):
+                rows = range(start, min(start + step, len(embeddings)))
                 labels = [None] * len(rows) if embeddings.labels is None else embeddings.labels[rows].tolist()
+                names = [embeddings.class_of(row) for row in rows]
                 numbers = pa.array(np.array(embeddings.vectors[rows.start : rows.stop]).reshape(-1))
                 arrays = [
-                    pa.array([readable(embeddings.paths[row]) for row in rows], pa.string()),
+                    pa.array([_readable(embeddings.paths[row]) for row in rows], pa.string()),
                     pa.array(labels, pa.int64()),
-                    pa.array([_readable_class(embeddings, row) for row in rows], pa.string()),
+                    pa.array([None if name is None else _readable(name) for name in names], pa.string()),
                     pa.FixedSizeListArray.from_arrays(numbers, columns),
                 ]
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
@@ -99,34 +94,34 @@ def _to_parquet(folder: Path, embeddings: Embeddings, images: Images | None) -> 
 def _to_projector(folder: Path, embeddings: Embeddings, images: Images | None) -> Path:
     """See https://github.com/tensorflow/tensorboard/blob/master/docs/tensorboard_projector_plugin.ipynb."""
     out, rows = folder / "tensorboard", evenly(len(embeddings), MAX_POINTS)
-    classed = embeddings.labels is not None
-    config = [("tensor_name", read_meta(folder).encoder.get("backbone", "features")), ("tensor_path", "tensors.tsv")]
-    config.append(("metadata_path", "metadata.tsv"))
-    lines = [f'  {name}: "{_plain(str(value))}"' for name, value in config]
-    lines += [f"  tensor_shape: {number}" for number in (len(rows), embeddings.vectors.shape[1])]
+    name = _plain(str(read_meta(folder).encoder.get("backbone", "features")))
+    lines = [f'tensor_name: "{name}"', 'tensor_path: "tensors.tsv"', 'metadata_path: "metadata.tsv"']
+    lines += [f"tensor_shape: {number}" for number in (len(rows), embeddings.vectors.shape[1])]
 
     def write_vectors(file: BinaryIO) -> None:
         for start in range(0, len(rows), 1000):
             np.savetxt(file, embeddings.vectors[rows[start : start + 1000]], fmt="%.9g", delimiter="\t")
 
+    def write_text(name: str, text: str) -> None:
+        write_atomically(out / name, lambda file: file.write(text.encode()))
+
     write_atomically(out / "tensors.tsv", write_vectors)
-    named = [["row", "path", "class"][: 2 + classed]]
-    named += [[str(row), embeddings.paths[row], embeddings.class_of(row) or ""][: 2 + classed] for row in rows.tolist()]
-    text = "".join("\t".join(map(_plain, each)) + "\n" for each in named)
-    write_atomically(out / "metadata.tsv", lambda file: file.write(text.encode()))
+    columns = 2 if embeddings.labels is None else 3
+    table = [["row", "path", "class"][:columns]]
+    table += [[str(row), embeddings.paths[row], embeddings.class_of(row) or ""][:columns] for row in rows.tolist()]
+    write_text("metadata.tsv", "".join("\t".join(map(_plain, cells)) + "\n" for cells in table))
     images = images or images_of(embeddings)
     if images is not None:
         side, sprite = _sprite(images, rows)
         write_atomically(out / "sprite.png", lambda file: file.write(sprite))
         sizes = f"single_image_dim: {side} single_image_dim: {side}"
-        lines.append(f'  sprite {{ image_path: "sprite.png" {sizes} }}')
-    text_config = "embeddings {\n" + "\n".join(lines) + "\n}\n"
-    write_atomically(out / "projector_config.pbtxt", lambda file: file.write(text_config.encode()))
+        lines.append(f'sprite {{ image_path: "sprite.png" {sizes} }}')
+    write_text("projector_config.pbtxt", "embeddings {\n" + "".join(f"  {line}\n" for line in lines) + "}\n")
     return out
 
 
 def _sprite(images: Images, rows: Int64[np.ndarray, " n"]) -> tuple[int, bytes]:
-    """The side of a thumbnail's square, and all thumbnails in one image, row by row, each centred in its square."""
+    """Return the side of a thumbnail's square, and the PNG of all squares, each with its thumbnail in the centre."""
     across = int(np.ceil(np.sqrt(len(rows))))
     side = min(THUMBNAIL, SPRITE // across)
     canvas = Image.new("RGB", (across * side, across * side), "white")
@@ -145,35 +140,17 @@ def _sprite(images: Images, rows: Int64[np.ndarray, " n"]) -> tuple[int, bytes]:
 
 
 FORMATS: Mapping[str, Callable[[Path, Embeddings, Images | None], Path]] = {
-    "npy": _as_it_is,
+    "npy": lambda folder, embeddings, images: folder,
     "parquet": _to_parquet,
     "tensorboard": _to_projector,
 }
 
 
-def readable(text: str) -> str:
-    """The text with bytes that are not UTF-8 written as escape sequences."""
+def _readable(text: str) -> str:
+    """Return the text with bytes that are not UTF-8 written as escape sequences."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _plain(text: str) -> str:
-    """The text without characters that would end a field or a line."""
-    return "".join(letter if letter.isprintable() and letter not in '"\\' else "?" for letter in readable(text))
-
-
-def _readable_class(embeddings: Embeddings, row: int) -> str | None:
-    name = embeddings.class_of(row)
-    return None if name is None else readable(name)
-
-
-def _blocks(rows: int, columns: int) -> Iterator[range]:
-    step = max(1, BLOCK // columns)
-    return (range(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError:
-        raise ImportError(f"Parquet needs an extra: run {install('parquet')}") from None
-    return pyarrow
+    """Return the text without characters that would end a field or a line."""
+    return "".join(letter if letter.isprintable() and letter not in '"\\' else "?" for letter in _readable(text))

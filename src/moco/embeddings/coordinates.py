@@ -1,15 +1,16 @@
-"""Laying out vectors on a plane so that those with similar directions are near each other."""
+"""Lay out vectors on a plane so that those with similar directions are near each other."""
 
 import importlib
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float32
-from torch import Tensor
 
 from moco.data.spacing import evenly
+from moco.embeddings.neighbours import unit
+from moco.messages import closest
 from moco.packages import install
 
 Method = Literal["tsne", "pca", "umap", "pacmap"]
@@ -55,6 +56,7 @@ def coordinates(
         ValueError: there are no rows, or values are not finite.
         ImportError: the method's package is not installed.
     """
+    check_method(method)
     if not len(vectors):
         raise ValueError("there are no vectors to lay out; expected at least one image")
     chosen = evenly(len(vectors), landmarks)
@@ -65,38 +67,46 @@ def coordinates(
     return Places((0.5 + (places - (low + high) / 2) / side).astype(np.float32), components, notes)
 
 
+def check_method(method: str) -> None:
+    """Raise those errors of `coordinates` that are known before anything is computed."""
+    if method not in _NAMES:
+        raise ValueError(
+            f"unknown layout {method!r}; expected one of {', '.join(_NAMES)}{closest(method, list(_NAMES))}"
+        )
+    if method in ("umap", "pacmap") and find_spec(method) is None:
+        raise ImportError(f"{_NAMES[method]} needs an extra: run {install('maps')}")
+
+
 def _principal(vectors: np.ndarray, chosen: np.ndarray, seed: int) -> Float32[np.ndarray, "n d"]:
+    """Return principal components of all unit vectors, fitted to the chosen ones."""
     from sklearn.decomposition import PCA
 
-    sample = _unit(vectors[chosen]).numpy()
+    sample = unit(vectors[chosen]).numpy()
     if not np.isfinite(sample).all():
         raise ValueError("some vectors are not finite; expected features of a sound encoder: embed the images again")
     if len(chosen) < 3 or np.ptp(sample, axis=0).max() < 1e-6:  # nothing to tell apart: a collapsed encoder
         return np.zeros((len(vectors), 2), dtype=np.float32)
     pca = PCA(min(DIMENSIONS, *sample.shape), svd_solver="randomized", random_state=seed).fit(sample)
     blocks = [vectors[start : start + _BLOCK] for start in range(0, len(vectors), _BLOCK)]
-    return np.concatenate([pca.transform(_unit(block).numpy()) for block in blocks]).astype(np.float32)
-
-
-def _unit(vectors: np.ndarray) -> Float[Tensor, "n f"]:
-    # A copy of a mapped block, because torch warns about read-only memory.
-    return F.normalize(torch.from_numpy(np.array(vectors, dtype=np.float32)), dim=1)
+    return np.concatenate([pca.transform(unit(block).numpy()) for block in blocks]).astype(np.float32)
 
 
 def _places(
     components: np.ndarray, chosen: np.ndarray, method: Method, seed: int
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    total, sample = len(components), components[chosen]
+    """Return the positions of all vectors, the chosen ones by the method, and notes on how they were found."""
+    total, sample, name = len(components), components[chosen], _NAMES[method]
     if len(chosen) < FEWEST or not sample.any():
         turn = 2 * np.pi * np.arange(total) / total
         alike = () if sample.any() or len(chosen) < FEWEST else ("All images look the same to this encoder.",)
         return np.stack([np.cos(turn), np.sin(turn)], axis=1), alike
     if method == "pca":
-        placed = _first_two(components)
-        return placed, (f"Placed by {_NAMES[method]}: images that are near are similar in these two directions.",)
+        note = f"Placed by {name}: images that are near are similar in these two directions."
+        return _first_two(components), (note,)
+    meaning = "images that are near are similar; far distances mean little"
     placed = np.asarray(_mapping(method, sample, seed), dtype=np.float32)
     if len(chosen) == total:
-        return placed, (f"Placed by {_NAMES[method]}: images that are near are similar; far distances mean little.",)
+        return placed, (f"Placed by {name}: {meaning}.",)
     places = np.empty((total, 2), dtype=np.float32)
     known = torch.from_numpy(sample)
     for first in range(0, total, _BLOCK):
@@ -106,11 +116,11 @@ def _places(
         places[first : first + _BLOCK] = (weight[:, :, None] * placed[nearest.numpy()]).sum(axis=1)
     places[chosen] = placed
     others = f"Each of the other {total - len(chosen):,} is placed between the five most similar of these."
-    meaning = "images that are near are similar; far distances mean little"
-    return places, (f"{_NAMES[method]} placed {len(chosen):,} images: {meaning}.", others)
+    return places, (f"{name} placed {len(chosen):,} images: {meaning}.", others)
 
 
 def _mapping(method: Method, sample: np.ndarray, seed: int) -> Any:
+    """Lay out principal components by t-SNE, UMAP or PaCMAP, each starting from the first two."""
     start = _first_two(sample)
     if method == "tsne":
         from sklearn.manifold import TSNE
@@ -123,12 +133,7 @@ def _mapping(method: Method, sample: np.ndarray, seed: int) -> Any:
             n_jobs=1,  # one map from one seed, on any number of cores
         )
         return mapping.fit_transform(sample)
-    if method not in _NAMES:
-        raise ValueError(f"unknown method {method!r} for a map; expected one of {', '.join(_NAMES)}")
-    try:
-        package: Any = importlib.import_module(method)
-    except ImportError as error:
-        raise ImportError(f"{_NAMES[method]} needs an extra ({error}): run {install('maps')}") from None
+    package: Any = importlib.import_module(method)
     if method == "umap":
         mapping = package.UMAP(n_neighbors=min(15, len(sample) - 1), init=start, random_state=seed, n_jobs=1)
         return mapping.fit_transform(sample)
@@ -136,6 +141,5 @@ def _mapping(method: Method, sample: np.ndarray, seed: int) -> Any:
 
 
 def _first_two(components: np.ndarray) -> Float32[np.ndarray, "n 2"]:
-    start = np.zeros((len(components), 2), dtype=np.float32)
-    start[:, : components.shape[1]] = components[:, :2]
-    return start
+    """Return the first two components; zeros stand for the second if there is only one."""
+    return np.pad(components[:, :2], ((0, 0), (0, max(0, 2 - components.shape[1]))))

@@ -1,4 +1,4 @@
-"""Finding near-duplicates and outliers in a set of images."""
+"""Find near-duplicates and outliers in a set of images."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from moco.embeddings.features import OnProgress
-from moco.embeddings.neighbours import nearest, unit_block
+from moco.embeddings.neighbours import nearest, unit
 from moco.embeddings.table import Embeddings, load
 
 BLOCK = 2048
@@ -46,13 +46,13 @@ def duplicates(
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a cosine similarity above 0 and up to 1, such as 0.95")
     table = load(embeddings) if isinstance(embeddings, str | Path) else embeddings
-    parents, like = np.arange(len(table)), torch.empty(0)
+    vectors, parents = table.vectors, np.arange(len(table))
     starts = range(0, len(table), BLOCK)
     done, total = 0, len(starts) * (len(starts) + 1) // 2
     for first in starts:
-        block = unit_block(table.vectors, first, BLOCK, like=like)
+        block = unit(vectors[first : first + BLOCK])
         for second in starts[first // BLOCK :]:
-            other = block if second == first else unit_block(table.vectors, second, BLOCK, like=like)
+            other = block if second == first else unit(vectors[second : second + BLOCK])
             near = (block @ other.T >= threshold - 1e-6).nonzero()
             left, right = near[:, 0].numpy() + first, near[:, 1].numpy() + second
             _unite(parents, left[left < right], right[left < right])
@@ -80,6 +80,7 @@ def _unite(parents: Int64[np.ndarray, " n"], left: Int64[np.ndarray, " p"], righ
 
 
 def _roots(parents: Int64[np.ndarray, " n"], rows: Int64[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
+    """Return the root of each row's group."""
     while not np.array_equal(above := parents[rows], rows):
         rows = above
     return rows

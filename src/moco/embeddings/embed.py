@@ -1,4 +1,4 @@
-"""Computing features of images, in order: in memory, or into a folder."""
+"""Embed images, in their order: in memory, or into a folder."""
 
 import hashlib
 import json
@@ -15,12 +15,14 @@ from torch.utils.data import Dataset
 
 from moco.config import DataConfig
 from moco.data import ArrayImages, BadImage, FileImages, Images, as_images, load_data
-from moco.embeddings.features import OnProgress, arithmetic, evaluating, features, forward, read_batches
+from moco.embeddings.features import OnProgress, feature_batches, features, resolve_precision
 from moco.embeddings.shared_writing import write_shared
-from moco.embeddings.table import Embeddings, Meta, Settings, load, load_part, whole_source
-from moco.embeddings.writing import Unreadable, Writer
+from moco.embeddings.table import Embeddings, Meta, Settings, absolute_source, load, load_part
+from moco.embeddings.writing import Writer
 from moco.method.encoder import ImageEncoder
 from moco.packages import versions
+from moco.parallel.device import own_device
+from moco.storage.encoder_files import load_encoder
 
 
 def embed(
@@ -76,11 +78,11 @@ def embed_to(
     accelerator: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> Embeddings:
-    """Write the features of all images into a folder (see `moco.vectors`), keeping few of them in memory.
+    """Write the features of all images into a folder (see `moco.embeddings.table`), keeping few of them in memory.
 
     If it is killed at any moment, the same call resumes from the last rows synced to disk, and the table is that of an
-    undisturbed run, to the last bit on the same machine. A finished table is returned as it is. Each of several
-    processes started by `torchrun` embeds a share of the images.
+    undisturbed run, to the last bit on the same machine. A finished table is returned as it is. Processes started by
+    `torchrun` divide the images among themselves.
 
     Args:
         out: a new folder, or an unfinished one.
@@ -100,75 +102,64 @@ def embed_to(
             other settings.
         FileExistsError: the folder holds something else.
     """
-    from moco.parallel.device import own_device
-    from moco.storage.encoder_files import load_encoder
-
-    if isinstance(source, ImageEncoder):
-        encoder, origin = source, None
-    else:
-        encoder, origin = load_encoder(source).to(own_device(accelerator)), os.path.abspath(source)
-    whence = whole_source(str(images)) if isinstance(images, str | Path) else None
-    found = load_part(whence, part, encoder.channels) if whence else as_images(images, channels=encoder.channels)
-    size = batch_size or max(16, min(256, 2**22 // encoder.input_size**2 // 16 * 16))
-    kind = arithmetic(encoder, precision)
-    settings = Settings(
-        encoder=fingerprint(encoder), images=fingerprint_of_images(found), precision=kind, batch_size=size
-    )
+    encoder = source if isinstance(source, ImageEncoder) else load_encoder(source).to(own_device(accelerator))
+    name = absolute_source(str(images)) if isinstance(images, str | Path) else None
+    found = load_part(name, part, encoder.channels) if name else as_images(images, channels=encoder.channels)
     meta = Meta(
         columns=encoder.num_features,
-        settings=settings,
+        settings=Settings(
+            encoder=fingerprint(encoder),
+            images=fingerprint_of_images(found),
+            precision=resolve_precision(encoder, precision),
+            batch_size=batch_size or max(16, min(256, 2**22 // encoder.input_size**2 // 16 * 16)),
+        ),
         encoder=encoder.describe(),
-        encoder_source=origin,
-        images_source=whence,
+        encoder_source=None if isinstance(source, ImageEncoder) else os.path.abspath(source),
+        images_source=name,
         part=part,
         classes=found.classes,
         stop=len(found),
         versions=versions(),
     )
-
-    def write(folder: Path, meta: Meta) -> None:
-        _write(folder, meta, encoder, found, on_progress)
-
-    write_shared(Path(out), meta, write)
+    write_shared(Path(out), meta, lambda folder, meta: _write(folder, meta, encoder, found, on_progress))
     return replace(load(out), encoder=encoder)
 
 
-@torch.inference_mode()
 def _write(folder: Path, meta: Meta, encoder: ImageEncoder, images: Images, on_progress: OnProgress | None) -> None:
     """Write the missing rows; batches start at the same images wherever the work was interrupted."""
-    with Writer(folder, meta) as writer, evaluating(encoder):
-        size, done, stop = meta.settings.batch_size, writer.meta.done, meta.stop
-        batches = [range(start, min(start + size, stop)) for start in range(done, stop, size)]
-        listed = _reasons(images) if done == 0 else []
-        with closing(read_batches(images, batches, encoder.input_size)) as read:
-            for which, pixels, bad in read:
-                vectors = forward(encoder, pixels, meta.settings.precision).numpy()
-                good = [index for index in which if index not in bad]
+    size, kind, stop = meta.settings.batch_size, meta.settings.precision, meta.stop
+    with Writer(folder, meta) as writer:
+        rows = range(writer.meta.done, stop)
+        skipped = [] if writer.meta.done else _skipped(images)
+        with closing(feature_batches(encoder, images, rows, batch_size=size, precision=kind)) as batches:
+            for batch, vectors, bad in batches:
+                good = [index for index in batch if index not in bad]
                 writer.add(
-                    vectors[[index - which.start for index in good]],
+                    vectors.numpy()[[index - batch.start for index in good]],
                     [images.paths[index] for index in good],
                     None if images.labels is None else images.labels[good].tolist(),
-                    listed + [Unreadable(bad[index].path, bad[index].reason) for index in sorted(bad)],
-                    done=which.stop,
+                    [*skipped, *bad.values()],
+                    done=batch.stop,
                 )
-                listed = []
+                skipped = []
                 if on_progress:
-                    on_progress(which.stop - meta.start, stop - meta.start)
+                    on_progress(batch.stop - meta.start, stop - meta.start)
         writer.finish()
 
 
-def _reasons(images: Images) -> list[Unreadable]:
-    """The reasons for files that were skipped as unreadable when the images were listed."""
-    again = FileImages(images.skipped, None, None)
-    answers = [each for at in range(0, len(again), 32) for each in again.decode_many(range(at, len(again))[:32])]
-    return [
-        Unreadable(path, each.reason if isinstance(each, BadImage) else "it could not be read at first")
-        for path, each in zip(images.skipped, answers, strict=True)
-    ]
+def _skipped(images: Images) -> list[BadImage]:
+    """Return the files that were skipped when the images were listed, and why each cannot be read."""
+    files, found = FileImages(images.skipped, None, None), list[BadImage]()
+    for start in range(0, len(files), 32):
+        some = range(len(files))[start : start + 32]
+        for index, each in zip(some, files.decode_many(some), strict=True):
+            reason = each.reason if isinstance(each, BadImage) else "it could not be read at first"
+            found.append(BadImage(files.paths[index], reason))
+    return found
 
 
 def fingerprint(encoder: ImageEncoder) -> str:
-    """SHA-256 of an encoder's weights and description: equal for equal encoders, on any machine."""
+    """Return the SHA-256 of an encoder's weights and description: equal for equal encoders, on any machine."""
     digest = hashlib.sha256(json.dumps(encoder.describe(), sort_keys=True).encode())
     for name, tensor in sorted(encoder.backbone.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -177,7 +168,7 @@ def fingerprint(encoder: ImageEncoder) -> str:
 
 
 def fingerprint_of_images(images: Images) -> str:
-    """SHA-256 of names and labels in order, and of pixels that are in memory; files are not opened."""
+    """Return the SHA-256 of names and labels in order, and of pixels that are in memory; files are not opened."""
     digest = hashlib.sha256()
     for path in images.paths:
         digest.update(path.encode("utf-8", "surrogateescape") + b"\0")

@@ -1,11 +1,12 @@
-"""From images to features: reading ahead, and one forward pass for all users."""
+"""Features of images: files are read ahead, and every caller uses the same forward pass."""
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -15,6 +16,7 @@ from moco.data.decode import decode, quiet_pillow
 from moco.files import scratch_room
 from moco.method.encoder import ImageEncoder
 from moco.parallel import collectives
+from moco.parallel.device import choose_precision
 from moco.parallel.launch import own_cores
 from moco.views.pixels import centred, normalise
 
@@ -26,7 +28,6 @@ OnProgress = Callable[[int, int], None]
 Report = OnProgress
 
 
-@torch.inference_mode()
 def features(
     encoder: ImageEncoder,
     images: Images,
@@ -46,7 +47,6 @@ def features(
     return out
 
 
-@torch.inference_mode()
 def read_features(
     encoder: ImageEncoder,
     images: Images,
@@ -73,87 +73,88 @@ def read_features(
     Raises:
         OSError: there are too many features for memory, and the disk has no room for them.
     """
-    kind, size, bad = arithmetic(encoder, precision), encoder.input_size, {}
-    short = size if short is None else short
-    margin, out = round((short - size) / 2), torch.from_numpy(scratch_room(len(images), encoder.num_features))
-    batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    with evaluating(encoder), closing(read_batches(images, batches, short)) as read:
-        for which, pixels, failed in read:
-            pixels = pixels[:, :, margin : margin + size, margin : margin + size]
-            out[which.start : which.stop] = forward(encoder, pixels, kind)
-            bad |= failed
+    kind, bad = resolve_precision(encoder, precision), dict[int, BadImage]()
+    out = torch.from_numpy(scratch_room(len(images), encoder.num_features))
+    rows = range(len(images))
+    with closing(feature_batches(encoder, images, rows, batch_size=batch_size, precision=kind, short=short)) as batches:
+        for batch, vectors, unreadable in batches:
+            out[batch.start : batch.stop] = vectors
+            bad |= unreadable
             if on_progress:
-                on_progress(which.stop, len(images))
+                on_progress(batch.stop, len(images))
     return out, bad
 
 
-def read_batches(
-    images: Images, batches: Sequence[range], size: int
+def feature_batches(
+    encoder: ImageEncoder, images: Images, rows: range, *, batch_size: int, precision: str, short: int | None = None
+) -> Generator[tuple[range, Float[Tensor, "n f"], dict[int, BadImage]]]:
+    """Yield each batch's indices, its features on the CPU, and its unreadable files by index.
+
+    Close the generator, which restores the encoder's mode. The arguments are those of `read_features`, but `precision`
+    is resolved, and only the images in `rows` are read.
+    """
+    size = encoder.input_size
+    short = size if short is None else short
+    margin = round((short - size) / 2)
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    device, was_training = next(encoder.parameters()).device, encoder.training
+    encoder.eval()
+    try:
+        with closing(_pixel_batches(images, batches, short)) as read:
+            for batch, pixels, bad in read:
+                cropped = pixels[:, :, margin : margin + size, margin : margin + size]
+                yield batch, forward(encoder, normalise(cropped.to(device), encoder.mean, encoder.std), precision), bad
+    finally:
+        encoder.train(was_training)
+
+
+def _pixel_batches(
+    images: Images, batches: list[range], size: int
 ) -> Generator[tuple[range, UInt8[Tensor, "n c s s"], dict[int, BadImage]]]:
-    """Pixels of each batch, black for unreadable files; files are read while earlier batches are processed."""
+    """Yield the pixels of each batch, black for unreadable files; files of the next batches are read meanwhile."""
     if isinstance(images, ArrayImages):
-        yield from ((which, resized(images, list(which), size=size), {}) for which in batches)
+        yield from ((batch, resized(images, batch, size=size), {}) for batch in batches)
         return
 
-    def read(index: int) -> UInt8[Tensor, "c s s"] | BadImage:
+    def read(index: int, out: UInt8[np.ndarray, "c s s"]) -> BadImage | None:
         try:
-            return centred(torch.from_numpy(decode(images.paths[index], images.channels))[None], size)[0]
+            out[:] = centred(torch.from_numpy(decode(images.paths[index], images.channels))[None], size)[0].numpy()
         except BadImage as bad:
             return bad
+        return None
 
     # As many threads as this process may use cores: each holds one picture at its full size.
     with quiet_pillow(), ThreadPoolExecutor(own_cores(collectives.on_this_machine())) as pool:
-        waiting: deque[tuple[range, list[Future[Tensor | BadImage]]]] = deque()
+        ahead: deque[tuple[range, np.ndarray, list[Future[BadImage | None]]]] = deque()
         try:
-            for which in [*batches, *[range(0)] * READ_AHEAD]:
-                waiting.append((which, [pool.submit(read, index) for index in which]))
-                if len(waiting) > READ_AHEAD:
-                    which, futures = waiting.popleft()
-                    yield which, *_gathered(which, [future.result() for future in futures], images.channels, size)
+            for batch in [*batches, *[range(0)] * READ_AHEAD]:
+                pixels = np.zeros((len(batch), images.channels, size, size), np.uint8)
+                reads = [pool.submit(read, index, out) for index, out in zip(batch, pixels, strict=True)]
+                ahead.append((batch, pixels, reads))
+                if len(ahead) > READ_AHEAD:
+                    batch, pixels, reads = ahead.popleft()
+                    bad = {index: each for index, done in zip(batch, reads, strict=True) if (each := done.result())}
+                    yield batch, torch.from_numpy(pixels), bad
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _gathered(
-    which: range, read: Sequence[Tensor | BadImage], channels: int, size: int
-) -> tuple[UInt8[Tensor, "n c s s"], dict[int, BadImage]]:
-    pixels, bad = torch.zeros(len(which), channels, size, size, dtype=torch.uint8), {}
-    for place, (index, each) in enumerate(zip(which, read, strict=True)):
-        if isinstance(each, BadImage):
-            bad[index] = each
-        else:
-            pixels[place] = each
-    return pixels, bad
-
-
-def arithmetic(encoder: ImageEncoder, precision: str) -> str:
-    from moco.parallel.device import choose_precision
-
+def resolve_precision(encoder: ImageEncoder, precision: str) -> str:
+    """Return the precision, and in place of `auto` the fastest on the encoder's device."""
     if precision not in ("auto", "fp32", "bf16", "fp64"):
         raise ValueError(f"precision is {precision!r}; expected fp32, bf16, fp64 or auto")
     return choose_precision(next(encoder.parameters()).device.type) if precision == "auto" else precision
 
 
-@contextmanager
-def evaluating(encoder: ImageEncoder) -> Generator[None]:
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        yield
-    finally:
-        encoder.train(was_training)
-
-
-def forward(encoder: ImageEncoder, pixels: UInt8[Tensor, "n c h w"], kind: str) -> Float[Tensor, "n f"]:
-    first = next(encoder.parameters())
-    layout = torch.channels_last if kind == "bf16" else torch.contiguous_format
-    batch = normalise(pixels.to(first.device), encoder.mean, encoder.std).to(first.dtype).to(memory_format=layout)
-    with torch.autocast(first.device.type, dtype=torch.bfloat16, enabled=kind == "bf16"):
-        return encoder(batch).float().cpu()
+@torch.inference_mode()
+def forward(encoder: ImageEncoder, images: Float[Tensor, "n c h w"], precision: str) -> Float[Tensor, "n f"]:
+    """Compute the features of normalised images, on the encoder's device, as float32 on the CPU."""
+    weight = next(encoder.parameters())
+    layout = torch.channels_last if precision == "bf16" else torch.contiguous_format
+    with torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        return encoder(images.to(weight.dtype).to(memory_format=layout)).float().cpu()
 
 
 def pixels(images: Images, *, size: int) -> Tensor:
-    """Raw pixels as features, float32 `[n, c * size * size]` in [0, 1]: the baseline that an encoder has to beat."""
-    if isinstance(images, ArrayImages) and tuple(images.images.shape[2:]) == (size, size):
-        return images.images.flatten(1).float() / 255
-    return resized(images, list(range(len(images))), size=size).flatten(1).float() / 255
+    """Return raw pixels as features, float32 `[n, c * size * size]` in [0, 1]: the baseline for every encoder."""
+    return resized(images, range(len(images)), size=size).flatten(1).float() / 255

@@ -1,6 +1,5 @@
-"""Exact nearest neighbours by cosine similarity, block by block, so that the vectors can stay on disk."""
+"""Find exact nearest neighbours by cosine similarity, block by block, so that the vectors can stay on disk."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +21,8 @@ class Nearest(NamedTuple):
     similarity: Float[Tensor, "q k"]
     index: Int64[Tensor, "q k"]
 
-    def joined(self, similarity: Float[Tensor, "q b"], start: int, k: int) -> "Nearest":
-        """Merge with the k nearest of another block of the bank, which starts at `start`."""
+    def merged(self, similarity: Float[Tensor, "q b"], start: int, k: int) -> "Nearest":
+        """Return the k nearest of these and of another block of the bank, which starts at `start`."""
         found, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
         found, index = torch.cat([self.similarity, found], dim=1), torch.cat([self.index, index + start], dim=1)
         found, order = found.topk(min(k, found.shape[1]), dim=1)
@@ -55,28 +54,20 @@ def nearest(
     index = torch.empty(0, dtype=torch.long, device=queries.device)
     found = [Nearest(part.new_empty(len(part), 0), index.new_empty(len(part), 0)) for part in parts]
     rows = max(1, at_once[1] // max(queries.shape[1], at_once[0]))
-    for start, block in unit_blocks(bank, rows, like=queries):
+    for start in range(0, len(bank), rows):
+        block = unit(bank[start : start + rows], like=queries)
         for number, part in enumerate(parts):
             similarity = part @ block.T
             if owns is not None:
-                _leave_out(similarity, owns[number] - start)
-            found[number] = found[number].joined(similarity, start, k)
+                place = owns[number] - start
+                inside = ((place >= 0) & (place < similarity.shape[1])).nonzero()[:, 0]
+                similarity[inside, place[inside]] = -torch.inf
+            found[number] = found[number].merged(similarity, start, k)
     return Nearest(torch.cat([each.similarity for each in found]), torch.cat([each.index for each in found]))
 
 
-def unit_blocks(bank: Vectors, rows: int, *, like: Tensor) -> Iterator[tuple[int, Float[Tensor, "b f"]]]:
-    """Yield the bank in blocks of `rows` rows, normalised to length 1, each with the number of its first row."""
-    for start in range(0, len(bank), rows):
-        yield start, unit_block(bank, start, rows, like=like)
-
-
-def unit_block(bank: Vectors, start: int, rows: int, *, like: Tensor) -> Float[Tensor, "b f"]:
-    block = bank[start : start + rows]
-    # A copy of a mapped block, because torch warns about read-only memory.
-    block = torch.from_numpy(np.array(block)) if isinstance(block, np.ndarray) else block
-    return F.normalize(block.to(like), dim=1)
-
-
-def _leave_out(similarity: Float[Tensor, "q b"], place: Int64[Tensor, " q"]) -> None:
-    inside = ((place >= 0) & (place < similarity.shape[1])).nonzero()[:, 0]
-    similarity[inside, place[inside]] = -torch.inf
+def unit(vectors: Vectors, *, like: Tensor | None = None) -> Float[Tensor, "n f"]:
+    """Return vectors normalised to length 1, of the type and on the device of `like`, or as float32 on the CPU."""
+    # A copy of a mapped array, because torch warns about read-only memory.
+    tensor = torch.from_numpy(np.array(vectors)) if isinstance(vectors, np.ndarray) else vectors
+    return F.normalize(tensor.to(torch.empty(0) if like is None else like), dim=1)

@@ -1,8 +1,9 @@
-"""Finding the images in a table of embeddings that are most, or least, similar to a query, by cosine similarity."""
+"""Find the images in a table of embeddings that are most, or least, similar to a query, by cosine similarity."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,17 +14,17 @@ from jaxtyping import Int64, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from moco.data import ArrayImages, BadImage, FileImages, Images, as_images
+from moco.data import BadImage, FileImages, Images, as_images
 from moco.embeddings.embed import fingerprint
 from moco.embeddings.features import features
-from moco.embeddings.ranking import exact, likely
+from moco.embeddings.ranking import rank_all, rank_candidates
 from moco.embeddings.table import Embeddings, images_of, load, read_meta
 from moco.figures import Alike, Neighbours, neighbours
 from moco.method.encoder import ImageEncoder
 from moco.storage.encoder_files import load_encoder
 from moco.views.pixels import centred, thumbnail
 
-SHOWN, PIXELS = 5, 160
+COUNT, LONGER_SIDE = 5, 160
 """Images in a picture at either end, and the length of their longer side in pixels."""
 
 
@@ -48,20 +49,20 @@ class Found:
     classes: tuple[str, ...] | None
 
 
-class Asked(NamedTuple):
-    """Resolved queries.
+class Queries(NamedTuple):
+    """What to search for.
 
     Attributes:
         names: names to show.
         vectors: features, float32 `[queries, F]`.
         own: the query's row in the table; -1 if it is not in the table.
-        pixels: pixels of queries that are not in the table, uint8 `[c, h, w]`; otherwise None.
+        pixels: uint8 `[c, h, w]` by number of the query, for queries that are not in the table.
     """
 
     names: tuple[str, ...]
     vectors: np.ndarray
     own: Int64[np.ndarray, " q"]
-    pixels: tuple[Tensor | None, ...]
+    pixels: Mapping[int, Tensor]
 
 
 def search(
@@ -98,107 +99,97 @@ def search(
         (('photos/cat2.jpg', 'photos/lynx.jpg', 'photos/dog.jpg'),)
     """
     table = load(embeddings) if isinstance(embeddings, str | Path) else embeddings
-    return answer(table, ask(table, query, encoder=encoder), k=k, farthest=farthest, approximate=approximate)
+    queries = read_queries(table, query, encoder=encoder)
+    return answer(table, queries, k=k, farthest=farthest, approximate=approximate)
 
 
-def ask(table: Embeddings, query: Any, *, encoder: Any = None) -> Asked:
-    """Resolve queries, given as in `search`, for `answer` and `picture`."""
+def read_queries(table: Embeddings, query: Any, *, encoder: Any = None) -> Queries:
+    """Read queries, which are given as in `search`, for `answer` and `picture`."""
     items = _items(query)
     if not items:
         raise ValueError("there is no query; expected an image file, an image or a row number")
     own = np.array([_row(table, item) for item in items], dtype=np.int64)
-    vectors, pixels = np.empty((len(items), table.vectors.shape[1]), np.float32), list[Tensor | None]([None]) * len(own)
+    vectors, pixels = np.empty((len(items), table.vectors.shape[1]), np.float32), dict[int, Tensor]()
     vectors[own >= 0] = table.vectors[own[own >= 0]]
-    others = np.flatnonzero(own < 0)
-    if len(others):
+    others = np.flatnonzero(own < 0).tolist()
+    if others:
         network, precision = _encoder_of(table, encoder)
-        for place in others:
-            pixels[place] = _pixels(items[place], network.channels)
-        given = [centred(each[None], network.input_size) for each in pixels if each is not None]
-        images = as_images(torch.cat(given), channels=network.channels)
-        vectors[others] = features(network, images, precision=precision).numpy()
+        pixels = {place: _pixels(items[place], network.channels) for place in others}
+        crops = torch.cat([centred(each[None], network.input_size) for each in pixels.values()])
+        vectors[others] = features(network, as_images(crops, channels=network.channels), precision=precision).numpy()
     names = [
         table.paths[row] if row >= 0 else str(item) if isinstance(item, str | Path) else f"query {place}"
         for place, (item, row) in enumerate(zip(items, own, strict=True))
     ]
-    return Asked(tuple(names), vectors, own, tuple(pixels))
+    return Queries(tuple(names), vectors, own, pixels)
 
 
-def answer(table: Embeddings, asked: Asked, *, k: int = 10, farthest: bool = False, approximate: bool = False) -> Found:
-    """Answer resolved queries, as `search` does."""
+def answer(
+    table: Embeddings, queries: Queries, *, k: int = 10, farthest: bool = False, approximate: bool = False
+) -> Found:
+    """Answer queries, as `search` does."""
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1")
     if approximate and farthest:
         raise ValueError("farthest was given with approximate, which finds the most similar; leave one of them out")
-    k = min(k, int((len(table) - (asked.own >= 0)).max()))
+    vectors, own = queries.vectors, queries.own
+    k = min(k, int((len(table) - (own >= 0)).max()))
     if approximate:
-        ranking = likely(table.vectors, asked.vectors, k, own=asked.own, saved=_graph_of(table))
+        rows, similarities = rank_candidates(table.vectors, vectors, k, own=own, saved=_graph_file(table))
     else:
-        ranking = exact(table.vectors, asked.vectors, k, own=asked.own, farthest=farthest)
-    rows = ranking.rows
+        rows, similarities = rank_all(table.vectors, vectors, k, own=own, farthest=farthest)
     return Found(
-        queries=asked.names,
+        queries=queries.names,
         rows=rows,
-        similarities=ranking.similarities,
+        similarities=similarities,
         paths=tuple(tuple(table.paths[row] for row in each if row >= 0) for each in rows),
         labels=None if table.labels is None else np.where(rows < 0, -1, table.labels[rows]),
         classes=table.classes,
     )
 
 
-def _graph_of(table: Embeddings) -> Path | None:
-    """Where the graph for approximate search is kept; its name differs for another table in the same folder."""
+def _graph_file(table: Embeddings) -> Path | None:
+    """Return where the graph for approximate search is kept; another table in the same folder has another name."""
     if table.folder is None:
         return None
     settings = read_meta(table.folder).settings.model_dump_json()
     return table.folder / f"graph-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.usearch"
 
 
-def picture(
-    embeddings: Embeddings | str | Path, asked: Asked, *, shown: int = SHOWN, images: Images | None = None
-) -> Figure:
-    """Draw each query with the images most and least similar to it, their classes and similarities.
+def picture(table: Embeddings, queries: Queries, *, count: int = COUNT, images: Images | None = None) -> Figure:
+    """Draw each query with the `count` images most and least similar to it, their classes and similarities.
 
-    Args:
-        embeddings: as in `search`.
-        asked: queries resolved by `ask` for these embeddings.
-        shown: number of images at either end.
-        images: images of the rows; not given: read from their paths.
+    The images of the rows are read from their paths, unless they are given.
     """
-    table = load(embeddings) if isinstance(embeddings, str | Path) else embeddings
     images = images or images_of(table)
-    near, far = (answer(table, asked, k=shown, farthest=farthest) for farthest in (False, True))
+    ends = [answer(table, queries, k=count, farthest=farthest) for farthest in (False, True)]
     drawn = []
-    for query, (row, pixels) in enumerate(zip(asked.own.tolist(), asked.pixels, strict=True)):
+    for number, (name, row) in enumerate(zip(queries.names, queries.own.tolist(), strict=True)):
         sides = [
             [
                 Alike(_small(images, None, index), table.class_of(index) or "", similarity)
-                for index, similarity in zip(
-                    found.rows[query].tolist(), found.similarities[query].tolist(), strict=True
-                )
+                for index, similarity in zip(found.rows[number].tolist(), found.similarities[number], strict=True)
                 if index >= 0
             ]
-            for found in (near, far)
+            for found in ends
         ]
         title = table.class_of(row) if row >= 0 else None
-        drawn.append(Neighbours(_small(images, pixels, row), title or Path(asked.names[query]).name, *sides))
+        drawn.append(Neighbours(_small(images, queries.pixels.get(number), row), title or Path(name).name, *sides))
     return neighbours(drawn)
 
 
 def _small(images: Images | None, pixels: Tensor | None, row: int) -> np.ndarray:
-    """A small image in its own aspect ratio; grey if the file is gone."""
+    """Return the small image of a row, or of pixels, in its own aspect ratio; grey if the file no longer exists."""
     if pixels is None and images is not None:
-        try:
+        with suppress(BadImage):
             pixels = images.decode(row)
-        except BadImage:
-            pixels = None
     if pixels is None:
-        return np.full((PIXELS, PIXELS), 128, np.uint8)
-    return np.asarray(thumbnail(pixels, PIXELS))
+        return np.full((LONGER_SIDE, LONGER_SIDE), 128, np.uint8)
+    return np.asarray(thumbnail(pixels, LONGER_SIDE))
 
 
 def _items(query: Any) -> list[Any]:
-    """Queries one by one."""
+    """Return the queries one by one."""
     if isinstance(query, Tensor | np.ndarray) and query.dtype in (torch.uint8, np.dtype(np.uint8)):
         return list(query) if query.ndim == 4 else [query]
     if isinstance(query, Tensor | np.ndarray):
@@ -209,7 +200,7 @@ def _items(query: Any) -> list[Any]:
 
 
 def _row(table: Embeddings, item: Any) -> int:
-    """The query's row in the table; -1 if it is not in it."""
+    """Return the query's row in the table; -1 if it is not in it."""
     if isinstance(item, bool | np.bool_):
         raise ValueError(f"a query is {item}; expected an image file, an image or a row number")
     if isinstance(item, int | np.integer):
@@ -228,25 +219,22 @@ def _row(table: Embeddings, item: Any) -> int:
 def _pixels(item: Any, channels: int) -> UInt8[Tensor, "c h w"]:
     if isinstance(item, str | Path):
         return FileImages((str(item),), None, None, (), channels).decode(0)
-    given = item[None] if isinstance(item, np.ndarray | Tensor) else [item]
-    images = as_images(given, channels=channels)
-    assert isinstance(images, ArrayImages)
-    return images.images[0]
+    return as_images(item[None] if isinstance(item, np.ndarray | Tensor) else [item], channels=channels).decode(0)
 
 
-def _encoder_of(table: Embeddings, given: Any) -> tuple[ImageEncoder, str]:
-    """The encoder that computed a table, and its precision."""
+def _encoder_of(table: Embeddings, source: Any) -> tuple[ImageEncoder, str]:
+    """Return the encoder that computed a table, and its precision; `source` is the encoder or where to find it."""
     meta = read_meta(table.folder) if table.folder else None
-    named = given if given is not None else table.encoder or (meta.encoder_source if meta else None)
-    if named is None:
+    source = source if source is not None else table.encoder or (meta.encoder_source if meta else None)
+    if source is None:
         raise ValueError("these embeddings do not say which encoder computed them; give the encoder (--encoder)")
     try:
-        encoder = named if isinstance(named, ImageEncoder) else load_encoder(named)
+        encoder = source if isinstance(source, ImageEncoder) else load_encoder(source)
     except FileNotFoundError as error:
-        where = f"{table.folder} was embedded with {named}, which is no longer there"
+        where = f"{table.folder} was embedded with {source}, which is no longer there"
         raise ValueError(f"{where} ({error}); give the encoder (--encoder)") from None
     if meta and fingerprint(encoder) != meta.settings.encoder:
-        what = "the encoder" if isinstance(named, ImageEncoder) else str(named)
+        what = "the encoder" if isinstance(source, ImageEncoder) else str(source)
         raise ValueError(
             f"{what} is not what {table.folder} was embedded with (its hash differs; it may have been trained "
             "further); give the right one (--encoder), or embed the images again"

@@ -1,29 +1,29 @@
-"""Several processes write a table together: each a share of its rows, which the first joins at the end."""
+"""Write one table with several processes: each writes some of the rows, and the first joins them at the end."""
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from moco.embeddings.table import FILES, META, Meta, read_meta, shares
-from moco.embeddings.writing import join, same_table, sweep
+from moco.embeddings.table import FILES, META, Meta, process_folders, read_meta
+from moco.embeddings.writing import join, read_begun, remove_partial_files
 from moco.parallel import collectives
 from moco.parallel.launch import placed
 
 WAIT = 0.1
 """Seconds between checks whether the other processes have finished."""
-SAID_AFTER, PATIENCE = 10.0, 600.0
-"""Seconds of waiting after which it is said for what, and seconds without a new row after which it ends."""
+LOG_AFTER, PATIENCE = 10.0, 600.0
+"""Seconds of waiting after which the log says for what, and seconds without a new row after which waiting ends."""
 
 
-def own_share() -> tuple[int, int]:
-    """Rank of this process and number of processes: of those that are connected, as after training, else `placed`."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank and the number of processes: connected ones, as after training, else `placed`."""
     return (collectives.rank(), collectives.world_size()) if collectives.world_size() > 1 else placed()
 
 
 def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> None:
-    """Write a table, with this process alone or with several that each write a share of the images.
+    """Write a table, with this process alone or with several that each write some of the rows.
 
     The processes do not communicate: each writes its own folder, and the first joins them when all are finished.
 
@@ -36,67 +36,67 @@ def write_shared(out: Path, meta: Meta, write: Callable[[Path, Meta], None]) -> 
         ValueError: `out` was begun with something else, or by a different number of processes.
         RuntimeError: another process has stopped writing.
     """
-    rank, world = own_share()
+    rank, world = rank_and_world_size()
     if not _finished(out, meta):
         folders = [out / f"share-{number:05}-of-{world:05}" for number in range(world)]
-        other = [folder for folder in shares(out) if world == 1 or folder not in folders]
-        if other or (world > 1 and (out / META).is_file()):
-            begun = f"{int(other[0].name.rpartition('-')[2])} processes" if other else "one process"
+        others = [folder for folder in process_folders(out) if world == 1 or folder not in folders]
+        if others or (world > 1 and (out / META).is_file()):
+            begun = f"{int(others[0].name.rpartition('-')[2])} processes" if others else "one process"
             raise ValueError(f"{out} was begun by {begun}, now there are {world}; use as many again, or another --out")
         if world == 1:
             write(out, meta)
             return
         size, stop = meta.settings.batch_size, meta.stop
         bounds = [min(number * -(-stop // size) // world * size, stop) for number in range(world + 1)]
-        parts = [
-            meta.model_copy(update={"start": first, "stop": last, "done": first})
-            for first, last in zip(bounds, bounds[1:], strict=False)
-        ]
-        if not _finished(folders[rank], parts[rank]):
-            write(folders[rank], parts[rank])
+        tables = {
+            folder: meta.model_copy(update={"start": start, "stop": stop, "done": start})
+            for folder, start, stop in zip(folders, bounds, bounds[1:], strict=False)
+        }
+        own = folders[rank]
+        if not _finished(own, tables[own]):
+            write(own, tables[own])
+        _wait_for(tables if rank == 0 else {out: meta}, out)
         if rank == 0:
-            _wait_for(list(zip(folders, parts, strict=True)), out)
             join(folders, out)
-        else:
-            _wait_for([(out, meta)], out)
     if rank == 0:
-        _remove_shares(out, meta)
-        sweep(out)
+        _remove_process_folders(out, meta)
+        remove_partial_files(out)
 
 
-def _wait_for(tables: Sequence[tuple[Path, Meta]], out: Path) -> None:
-    """Wait until all are finished, but not for ever: whoever writes one may have died, or see another file system."""
-    began, said = time.monotonic(), False
-    asked, newest = began, _newest(out)
-    while left := [folder.name for folder, meta in tables if not _finished(folder, meta)]:
-        if not said and time.monotonic() - began > SAID_AFTER:
-            said = True
-            logging.getLogger("moco").info("waiting for %s, which other processes write", ", ".join(left))
-        if time.monotonic() - asked > PATIENCE:
-            asked, before, newest = time.monotonic(), newest, _newest(out)
+def _wait_for(tables: dict[Path, Meta], out: Path) -> None:
+    """Wait until all tables are finished, but not for ever: a process may have died, or see another file system."""
+    began = checked = time.monotonic()
+    logged, newest = False, _last_change(out)
+    while unfinished := ", ".join(folder.name for folder, meta in tables.items() if not _finished(folder, meta)):
+        now = time.monotonic()
+        if not logged and now - began > LOG_AFTER:
+            logged = True
+            logging.getLogger("moco").info("waiting for %s, which other processes write", unfinished)
+        if now - checked > PATIENCE:
+            checked, before, newest = now, newest, _last_change(out)
             if newest == before:
                 raise RuntimeError(
-                    f"no process has written to {out} for {PATIENCE / 60:g} minutes, and {', '.join(left)} is not "
+                    f"no process has written to {out} for {PATIENCE / 60:g} minutes, and {unfinished} is not "
                     "finished; start all processes again, with an --out that all machines see"
                 )
         time.sleep(WAIT)
 
 
-def _newest(out: Path) -> float:
-    """When a file below was changed last, by the clock of whoever keeps them."""
-    found = 0.0
-    for file in out.rglob("*"):
+def _last_change(folder: Path) -> float:
+    """Return when a file in the folder was last changed, by the file system's clock."""
+    times = [0.0]
+    for file in folder.rglob("*"):
         with suppress(OSError):  # joined and removed in the meantime
-            found = max(found, file.stat().st_mtime)
-    return found
+            times.append(file.stat().st_mtime)
+    return max(times)
 
 
-def _remove_shares(out: Path, meta: Meta) -> None:
-    """Remove the shares of this table, and in them only the files that were written."""
-    for folder in shares(out):
+def _remove_process_folders(out: Path, meta: Meta) -> None:
+    """Remove the folders of this table's processes, and in them only the files that were written."""
+    for folder in process_folders(out):
         if (folder / META).is_file() and read_meta(folder).settings != meta.settings:
             continue
-        sweep(folder)
+        remove_partial_files(folder)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # it holds something else, too
@@ -104,8 +104,5 @@ def _remove_shares(out: Path, meta: Meta) -> None:
 
 
 def _finished(folder: Path, meta: Meta) -> bool:
-    if not (folder / META).is_file():
-        return False
-    before = read_meta(folder)
-    same_table(folder, before, meta)
-    return before.complete
+    begun = read_begun(folder, meta)
+    return begun is not None and begun.complete

@@ -12,10 +12,10 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+from pydantic import BaseModel, InstanceOf, ValidationError
 
 from moco.config import DataConfig
 from moco.data import DATASETS, FileImages, Images, load_data
@@ -30,8 +30,8 @@ STREAMED = 1e-9
 VECTORS, IMAGES, UNREADABLE, META = "vectors.npy", "images.csv", "unreadable.csv", "meta.json"
 HEADS = {IMAGES: ("path", "label", "class"), UNREADABLE: ("path", "reason")}
 FILES = (VECTORS, *HEADS, META)
-LOOKED_AT = 16
-"""Number of rows whose paths are checked, to see whether the files still exist."""
+NUM_CHECKED = 16
+"""Rows whose paths are checked to see whether the files still exist."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,11 @@ class Embeddings:
         return None if self.labels is None or self.classes is None else self.classes[int(self.labels[row])]
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("expected text")
-    return value
-
-
-Name = Annotated[str, PlainValidator(_text)]
+Name = InstanceOf[str]
 """Text that need not be valid UTF-8, unlike pydantic's own strings, because file names need not be."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Settings(_Record):
+class Settings(BaseModel, frozen=True):
     """Everything that the values in a table depend on; if one differs, it is another table."""
 
     encoder: str
@@ -87,7 +77,7 @@ class Settings(_Record):
     batch_size: int
 
 
-class Meta(_Record):
+class Meta(BaseModel, frozen=True):
     """Content of meta.json."""
 
     format: int = FORMAT
@@ -106,7 +96,7 @@ class Meta(_Record):
     """Which part of the images: `train`, `test`."""
     classes: tuple[Name, ...] | None
     start: int = 0
-    """First image of this folder's share; other processes have the other shares."""
+    """First image of this folder; of several processes, each has a folder for some of the images."""
     stop: int
     done: int = 0
     """Number of the first image that has not been processed yet."""
@@ -124,17 +114,19 @@ def load(folder: str | Path) -> Embeddings:
     """
     folder = Path(folder)
     meta = read_meta(folder)
-    refuse_unfinished(folder, meta)
+    if not meta.complete:
+        progress = f"{meta.done} of {meta.stop} images"
+        raise ValueError(f"{folder} is unfinished: {progress}; run the same `moco embed` command again to resume")
     if not meta.rows:
         raise ValueError(f"{folder} has no rows: none of the images could be read; {UNREADABLE} in it says why")
     try:
         vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
         with (folder / IMAGES).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             lines = csv.reader(file)
-            head, paths, known = tuple(next(lines, ())), list[str](), list[int]()
+            head, paths, labels = tuple(next(lines, ())), list[str](), list[int]()
             for path, label, _ in lines:
                 paths.append(path)
-                known += [int(label)] if label else []
+                labels += [int(label)] if label else []
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise ValueError(f"{folder} is damaged ({' '.join(str(error).split())}); embed the images again") from None
     if vectors.shape != (meta.rows, meta.columns) or vectors.dtype != np.float32 or len(paths) != meta.rows:
@@ -142,18 +134,17 @@ def load(folder: str | Path) -> Embeddings:
             f"{folder} is damaged: {vectors.dtype} vectors of shape {vectors.shape} and {len(paths)} names, expected "
             f"float32 {(meta.rows, meta.columns)}; embed the images again"
         )
-    known_classes = range(len(meta.classes or ()))
-    if head != HEADS[IMAGES] or len(known) not in (0, meta.rows) or not all(each in known_classes for each in known):
+    known = range(len(meta.classes or ()))
+    if head != HEADS[IMAGES] or len(labels) not in (0, meta.rows) or not all(label in known for label in labels):
         raise ValueError(f"{folder / IMAGES} does not match meta.json; embed the images again")
-    labels = np.array(known) if known else None
-    return Embeddings(vectors, tuple(paths), labels, meta.classes, folder=folder)
+    return Embeddings(vectors, tuple(paths), np.array(labels) if labels else None, meta.classes, folder=folder)
 
 
 def read_meta(folder: str | Path) -> Meta:
     """Read meta.json of a finished or unfinished table; raises the same errors as `load`."""
     path = Path(folder) / META
     if not path.is_file():
-        what = "only shares of a table that several processes began" if shares(Path(folder)) else f"no {META}"
+        what = "only what several processes have begun to write" if process_folders(Path(folder)) else f"no {META}"
         raise FileNotFoundError(f"{folder} holds {what}; expected a folder that `moco embed` has finished")
     try:
         meta = Meta.model_validate(json.loads(path.read_bytes()))
@@ -168,34 +159,25 @@ def read_meta(folder: str | Path) -> Meta:
     return meta
 
 
-def refuse_unfinished(folder: Path, meta: Meta) -> None:
-    """Raise the error of `load` for an unfinished table."""
-    if not meta.complete:
-        raise ValueError(
-            f"{folder} is unfinished: {meta.done} of {meta.stop} images; run the same `moco embed` command again to "
-            "resume"
-        )
-
-
-def shares(folder: Path) -> list[Path]:
-    """Folders that hold the shares of a table written by several processes, and nothing else."""
-    named = [each for each in sorted(folder.glob("share-*-of-*")) if re.fullmatch(r"share-\d{5}-of-\d{5}", each.name)]
-    return [each for each in named if each.is_dir() and not each.is_symlink() and _only_known(each)]
-
-
-def _only_known(folder: Path) -> bool:
-    return all(each.name in FILES or each.name.startswith(".") for each in folder.iterdir())
+def process_folders(folder: Path) -> list[Path]:
+    """Return the folders within a table that several processes write, one each; they hold nothing else."""
+    return [
+        each
+        for each in sorted(folder.glob("share-*-of-*"))
+        if re.fullmatch(r"share-\d{5}-of-\d{5}", each.name) and each.is_dir() and not each.is_symlink()
+        if all(file.name in FILES or file.name.startswith(".") for file in each.iterdir())
+    ]
 
 
 def images_of(embeddings: Embeddings) -> Images | None:
-    """The images of the rows, if they can still be found: the files at their paths, or the named data set.
+    """Return the images of the rows, if they still exist: the files at their paths, or those of the named data set.
 
     Files that no longer exist cannot be decoded; the others can.
     """
     meta = read_meta(embeddings.folder) if embeddings.folder else None
-    channels = int(meta.encoder.get("channels", 3)) if meta else 3
-    files = FileImages(embeddings.paths, None, None, (), channels)
-    if any(Path(embeddings.paths[row]).is_file() for row in evenly(len(embeddings.paths), LOOKED_AT)):
+    paths, channels = embeddings.paths, int(meta.encoder.get("channels", 3)) if meta else 3
+    files = FileImages(paths, None, None, (), channels)
+    if any(Path(paths[row]).is_file() for row in evenly(len(paths), NUM_CHECKED)):
         return files
     if meta is None or meta.images_source is None:
         return None
@@ -203,14 +185,14 @@ def images_of(embeddings: Embeddings) -> Images | None:
         found = load_part(meta.images_source, meta.part, channels)
     except (ValueError, OSError):  # they no longer exist
         return None
-    place = {path: index for index, path in enumerate(found.paths)}
-    if all(path in place for path in embeddings.paths):
-        return found.select([place[path] for path in embeddings.paths])
-    return files if isinstance(found, FileImages) and any(path in place for path in embeddings.paths) else None
+    index_of = {path: index for index, path in enumerate(found.paths)}
+    if all(path in index_of for path in paths):
+        return found.select([index_of[path] for path in paths])
+    return files if isinstance(found, FileImages) and any(path in index_of for path in paths) else None
 
 
-def whole_source(source: str) -> str:
-    """The absolute path of a folder or of shards, so that they are found from anywhere; other names stay unchanged."""
+def absolute_source(source: str) -> str:
+    """Return the absolute path of a folder or of shards, to find it from anywhere; other names stay unchanged."""
     if source in DATASETS or "://" in source or source.startswith("hf:"):
         return source
     path = os.path.abspath(os.path.expanduser(source))
@@ -218,7 +200,7 @@ def whole_source(source: str) -> str:
 
 
 def load_part(source: str, part: str, channels: int) -> Images:
-    """The training or test images of a folder or named data set, not decoded yet, without unreadable ones.
+    """Return the training or test images of a folder or named data set, not decoded yet, without unreadable ones.
 
     Raises:
         ValueError: there are no such images.

@@ -1,4 +1,4 @@
-"""Writing a folder of embeddings so that no row is lost or duplicated, whenever the process is killed."""
+"""Write a folder of embeddings so that no row is lost or duplicated, whenever the process is killed."""
 
 import csv
 import io
@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, final
+from typing import BinaryIO, final
 
 import numpy as np
 
+from moco.data import BadImage
 from moco.embeddings.table import FILES, HEADS, IMAGES, META, UNREADABLE, VECTORS, Meta, read_meta
 from moco.files import disk_full_named, take_lock, write_atomically
 
@@ -20,16 +21,9 @@ SYNC_EVERY = 5.0
 """Seconds between syncs of everything so far to disk."""
 
 
-class Unreadable(NamedTuple):
-    """An image that has no row."""
-
-    path: str
-    reason: str
-
-
 @final
 class Writer:
-    """Writes a table; after a crash, it resumes from the last sync to disk.
+    """Write a table; after a crash, resume from the last sync to disk.
 
     Args:
         folder: a new or empty folder, or one with the same table, unfinished.
@@ -42,9 +36,11 @@ class Writer:
 
     def __init__(self, folder: Path, meta: Meta):
         _begin(folder, meta)
-        self._folder, self._files = folder, {name: _opened(folder / name) for name in (VECTORS, *HEADS)}
+        for name in (VECTORS, *HEADS):
+            (folder / name).touch()
+        self._folder, self._files = folder, {name: (folder / name).open("r+b") for name in (VECTORS, *HEADS)}
         try:
-            self._go_on(folder)
+            self._resume()
         except BaseException:
             self._close()
             raise
@@ -59,11 +55,12 @@ class Writer:
                 self.sync()
         self._close()
 
-    def _go_on(self, folder: Path) -> None:
+    def _resume(self) -> None:
         """Cut off what was written after the last sync."""
+        folder = self._folder
         if not take_lock(self._files[VECTORS]):
             raise ValueError(f"{folder} is being written by another process; wait for it, or give another --out")
-        sweep(folder)
+        remove_partial_files(folder)
         self.meta = read_meta(folder)
         if self.meta.complete:
             raise ValueError(f"{folder} is finished, so no rows can be added; give another --out")
@@ -86,12 +83,12 @@ class Writer:
         vectors: np.ndarray,
         paths: Sequence[str],
         labels: Sequence[int] | None,
-        unreadable: Sequence[Unreadable],
+        unreadable: Sequence[BadImage],
         *,
         done: int,
     ) -> None:
         """Add rows, and images without a row; all images before `done` have then been processed."""
-        classes = self.meta.classes
+        meta, classes = self.meta, self.meta.classes
         rows = (
             (path, "", "") if labels is None else (path, labels[row], classes[labels[row]] if classes else "")
             for row, path in enumerate(paths)
@@ -99,14 +96,9 @@ class Writer:
         with disk_full_named(self._folder):
             self._files[VECTORS].write(np.ascontiguousarray(vectors, dtype="<f4").data)
             self._files[IMAGES].write(_csv(rows))
-            self._files[UNREADABLE].write(_csv(unreadable))
-        self.meta = self.meta.model_copy(
-            update={
-                "rows": self.meta.rows + len(vectors),
-                "unreadable": self.meta.unreadable + len(unreadable),
-                "done": done,
-            }
-        )
+            self._files[UNREADABLE].write(_csv((bad.path, bad.reason) for bad in unreadable))
+        counts = {"rows": meta.rows + len(vectors), "unreadable": meta.unreadable + len(unreadable), "done": done}
+        self.meta = meta.model_copy(update=counts)
         if time.monotonic() - self._synced >= SYNC_EVERY:
             self.sync()
 
@@ -131,26 +123,27 @@ class Writer:
         _write_meta(self._folder, self.meta)
 
 
-def same_table(folder: Path, old: Meta, new: Meta) -> None:
-    """Check that two descriptions are of the same table.
+def read_begun(folder: Path, new: Meta) -> Meta | None:
+    """Return the description of the table in a folder, or None if there is none.
 
     Raises:
-        ValueError: they differ; the message says in what.
+        ValueError: it is not the table that `new` describes; the message says in what they differ.
     """
+    if not (folder / META).is_file():
+        return None
+    old = read_meta(folder)
     what = {"encoder": "another encoder", "images": "other images (names, order, labels or pixels)"}
     for name, before in old.settings:
         now = getattr(new.settings, name)
         if now != before:
-            raise ValueError(
-                f"{folder} was begun with "
-                + (what[name] if name in what else f"{name} {before}, now it is {now}")
-                + "; give the same again, or another --out"
-            )
+            difference = what.get(name, f"{name} {before}, now it is {now}")
+            raise ValueError(f"{folder} was begun with {difference}; give the same again, or another --out")
     if (old.start, old.stop, old.columns) != (new.start, new.stop, new.columns):
-        raise ValueError(f"{folder} holds another share of the images; use as many processes again, or another --out")
+        raise ValueError(f"{folder} is for other rows of the table; use as many processes again, or another --out")
+    return old
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove files that a killed process left incomplete."""
     for name in FILES:
         for partial in folder.glob(f".{name}.*.partial"):
@@ -158,7 +151,7 @@ def sweep(folder: Path) -> None:
 
 
 def join(folders: Sequence[Path], out: Path) -> None:
-    """Join finished, consecutive shares into one table."""
+    """Join the finished folders of several processes, in the order of their rows, into one table."""
     metas = [read_meta(folder) for folder in folders]
     rows, columns = sum(meta.rows for meta in metas), metas[0].columns
     for name in (VECTORS, *HEADS):
@@ -178,8 +171,7 @@ def join(folders: Sequence[Path], out: Path) -> None:
 
 def _begin(folder: Path, meta: Meta) -> None:
     """Create the folder; an existing one must hold the same table."""
-    if (folder / META).is_file():
-        same_table(folder, read_meta(folder), meta)
+    if read_begun(folder, meta):
         return
     if folder.exists() and (not folder.is_dir() or any(not each.name.startswith(".") for each in folder.iterdir())):
         raise FileExistsError(f"{folder} exists and holds no embeddings; give another --out")
@@ -192,13 +184,8 @@ def _write_meta(folder: Path, meta: Meta) -> None:
     write_atomically(folder / META, lambda file: file.write(text.encode()))
 
 
-def _opened(path: Path) -> BinaryIO:
-    path.touch()
-    return path.open("r+b")
-
-
 def _head(name: str, rows: int, columns: int) -> bytes:
-    """The header of a file; that of vectors has a fixed length, because numpy leaves room for more rows."""
+    """Return the header of a file; that of vectors has a fixed length, because numpy leaves room for more rows."""
     if name != VECTORS:
         return (",".join(HEADS[name]) + "\n").encode()
     file = io.BytesIO()
@@ -207,7 +194,7 @@ def _head(name: str, rows: int, columns: int) -> bytes:
 
 
 def _csv(rows: Iterable[Sequence[str | int]]) -> bytes:
-    """Rows as CSV with quoted text, so that any name is possible; names that are not UTF-8 keep their bytes."""
+    """Return rows as CSV with quoted text, for any name; names that are not UTF-8 keep their bytes."""
     text = io.StringIO(newline="")
     csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")

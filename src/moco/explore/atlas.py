@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moco.data import Images, some_of
 from moco.data.spacing import evenly
+from moco.embeddings.coordinates import Method, check_method
 from moco.embeddings.embed import fingerprint
 from moco.embeddings.search import search
 from moco.embeddings.table import META, Embeddings, images_of, load, read_meta
@@ -89,6 +90,7 @@ def open_atlas(
     source: str | Path | Embeddings,
     *,
     most: int | None = None,
+    layout: Method = "tsne",
     images: Images | None = None,
     on_progress: OnProgress | None = None,
 ) -> Atlas:
@@ -98,13 +100,16 @@ def open_atlas(
         source: folder of a run, whose training images are embedded once and kept in the run; folder written by `moco
             embed`; or the result of `moco.embed`.
         most: most images on the map, evenly spaced if there are more; not given: 5,000 for a run, else 100,000.
+        layout: method that lays out the map, as in `moco.embeddings.coordinates`.
         images: images of the same rows, for embeddings whose paths are not files.
         on_progress: called with what is being done, how much is done and how much there is.
 
     Raises:
         FileNotFoundError: the folder holds neither a run nor embeddings.
-        ValueError: the images were not found.
+        ValueError: the images were not found, or the layout is unknown.
+        ImportError: the layout needs an extra that is not installed.
     """
+    check_method(layout)
     show = on_progress or (lambda *_: None)
     if most is not None and most < 1:
         raise ValueError(f"at most {most} images were asked for; expected at least 1")
@@ -133,9 +138,9 @@ def open_atlas(
     if len(images) != len(embeddings):
         raise ValueError(f"there are {len(images)} images for {len(embeddings)} vectors; give one image for each")
     show("map", 0, 1)
-    layout = laid_out(embeddings)
+    placed = laid_out(embeddings, layout)
     show("map", 1, 1)
-    return Atlas(title, _about(embeddings, total), embeddings, images, layout, embeddings.encoder)
+    return Atlas(title, _about(embeddings, total), embeddings, images, placed, embeddings.encoder)
 
 
 def page_data(atlas: Atlas, *, whole: bool) -> dict[str, Any]:

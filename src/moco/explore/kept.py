@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from moco.data import Images, load_data, some_of
+from moco.embeddings.coordinates import Method
 from moco.embeddings.embed import embed, embed_to, fingerprint, fingerprint_of_images
 from moco.embeddings.features import OnProgress
 from moco.embeddings.table import META, Embeddings, read_meta
@@ -58,17 +59,18 @@ def embedded(run: Run, most: int, on_progress: OnProgress) -> tuple[Embeddings, 
     return embeddings, images, len(found)
 
 
-def laid_out(embeddings: Embeddings) -> Layout:
-    """The layout from `lay_out`, or the one kept on disk for the same vectors."""
+def laid_out(embeddings: Embeddings, method: Method = "tsne") -> Layout:
+    """The layout from `lay_out`, or the one kept on disk for the same vectors; each method has its own file."""
     vectors = np.asarray(embeddings.vectors)
     if embeddings.folder is None:
-        return lay_out(vectors)
+        return lay_out(vectors, method=method)
     digest = hashlib.sha256(json.dumps([vectors.shape, versions()], sort_keys=True).encode())
     digest.update(np.ascontiguousarray(vectors).data)
-    path, key = embeddings.folder / LAYOUT, digest.hexdigest()
+    path = embeddings.folder / (LAYOUT if method == "tsne" else f"layout-{method}.npz")
+    key = digest.hexdigest()
     found = _read(path, key)
     if found is None:
-        found = lay_out(vectors)
+        found = lay_out(vectors, method=method)
         _write(path, key, found)
     return found
 

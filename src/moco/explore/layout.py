@@ -41,7 +41,7 @@ class Layout:
 def lay_out(
     vectors: Float32[np.ndarray, "n f"], *, method: Method = "tsne", seed: int = 0, landmarks: int = LANDMARKS
 ) -> Layout:
-    """Compute positions with `moco.layout.coordinates`, clusters of the same components, and outlier scores.
+    """Compute positions with `moco.embeddings.coordinates`, clusters of the same components, and outlier scores.
 
     Args:
         vectors: features, one row per image; may be memory-mapped.
