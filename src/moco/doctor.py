@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from moco.data.sources.file_list import count_listed, is_list
 from moco.data.sources.named import cifar_folder
 from moco.data.sources.stl10 import stl10_folder
 from moco.method.variants import build_model
+from moco.packages import version_of
 from moco.parallel.device import BF16_UNITS, choose_precision, cpu_flags
 from moco.parallel.launch import allowed_cores
 from moco.recipes import load_recipe
@@ -83,9 +83,9 @@ def versions() -> list[Row]:
     """Versions of Python and of the packages that training is built on."""
     rows = [Row("Python", platform.python_version())]
     for name in ("moco-ssl", "torch", "torchvision", "timm", "lightning-fabric"):
-        try:
-            rows.append(Row(name, version(name)))
-        except PackageNotFoundError:
+        if number := version_of(name):
+            rows.append(Row(name, number))
+        else:
             rows.append(Row(name, "not installed", "run from the source folder" if name == "moco-ssl" else "needed"))
     return rows
 
@@ -122,7 +122,7 @@ def needs(config: PretrainConfig) -> list[Row]:
             note = "over 10 %: an image's own older keys are excluded" if share > 0.1 else ""
             rows.append(Row("queue", f"{share:.0%} of the images", note))
     query, everything, activations = sizes(config)
-    held = 4 * (everything + query * (1 + STATE[config.optim.name]) + config.model.queue_size * config.model.dim)
+    held = memory_held(config, query, everything)
     views = 2 if config.model.symmetric or config.model.variant == "v3" else 1
     worked = (2 if config.engine.precision == "bf16" else 4) * activations * views * config.batch_size
     need = held + worked // config.optim.accumulate
@@ -133,6 +133,17 @@ def needs(config: PretrainConfig) -> list[Row]:
     rows.append(Row("parameters", f"{query / 1e6:.1f} million", "query encoder with its head"))
     rows.append(Row("memory needed", _gib(need), note))
     return rows
+
+
+def memory_held(config: PretrainConfig, query: int, everything: int) -> int:
+    """Return the bytes that training holds throughout: weights, gradients, optimizer state and queue, in fp32.
+
+    Args:
+        config: settings of the run.
+        query: parameters of the query encoder with its head.
+        everything: parameters in all, key encoder and predictor included.
+    """
+    return 4 * (everything + query * (1 + STATE[config.optim.name]) + config.model.queue_size * config.model.dim)
 
 
 def num_images(data: DataConfig) -> int | None:

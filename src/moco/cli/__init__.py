@@ -19,12 +19,10 @@ from moco.cli.train import doctor, pretrain, recipes
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    from moco.packages import version_of
 
-    try:
-        return f"moco {version('moco-ssl')}"
-    except PackageNotFoundError:
-        return "moco, not installed"
+    number = version_of("moco-ssl")
+    return f"moco {number}" if number else "moco, not installed"
 
 
 app = App(

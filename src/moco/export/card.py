@@ -1,7 +1,6 @@
 """The model card: README.md beside the files of an export."""
 
 import html
-import importlib.metadata
 import json
 import platform
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from moco.data import GIVEN
 from moco.export.contract import Subject, Written
 from moco.method.backbones import num_heads
+from moco.packages import version_of
 from moco.storage.run import Run
 
 PAPERS = {"v1": "1911.05722", "v2": "2003.04297", "v3": "2104.02057"}
@@ -123,13 +123,10 @@ def model_card(subject: Subject, form: str, written: Written, check: Check) -> s
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Versions of this package, Python, torch and the given distributions."""
+    """Return the versions of this package, Python, torch and the given distributions."""
     found = {"python": platform.python_version()}
     for name in dict.fromkeys(("moco-ssl", "torch", *packages)):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "(not installed as a package)"
+        found[name] = version_of(name) or "(not installed as a package)"
     return found
 
 

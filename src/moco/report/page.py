@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from moco.config import to_yaml
 from moco.figures import DARK, LIGHT, confusion_matrix, curve_panels, overlay, svg
 from moco.figures.theme import colours
 from moco.files import write_atomically
+from moco.packages import version_of
 from moco.report.evaluations import Evaluated
 from moco.report.rerun import changes, command, exact_command, flat, wants_settings
 from moco.report.summary import TRAINED, Summary
@@ -204,7 +204,10 @@ def _rendered(template: str, content: dict[str, Any]) -> str:
     return (
         _environment()
         .get_template(template)
-        .render(content | {"css": Markup(css), "version": _version(), "written": datetime.now().astimezone()})
+        .render(
+            content
+            | {"css": Markup(css), "version": version_of("moco-ssl") or "", "written": datetime.now().astimezone()}
+        )
     )
 
 
@@ -229,13 +232,6 @@ def _clean(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", value)
     return value
-
-
-def _version() -> str:
-    try:
-        return version("moco-ssl")
-    except PackageNotFoundError:
-        return ""
 
 
 def _write(path: Path, html: str) -> None:

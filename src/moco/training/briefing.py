@@ -1,6 +1,5 @@
 """What is logged before training starts or continues, and what is recorded about the machine."""
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 
 from moco.config import PretrainConfig
+from moco.doctor import memory_held
 from moco.method.model import MoCo
 from moco.method.variants import choose_batchnorm, loss_range
+from moco.packages import version_of
 from moco.parallel import collectives
 from moco.training.step import Training
 
@@ -31,8 +32,7 @@ def briefing(config: PretrainConfig, model: MoCo, num_images: int, *, lr: float,
     settings, norm = config.model, choose_batchnorm(config.model)
     chance, floor = loss_range(settings, config.batch_size)
     parameters = sum(p.numel() for p in model.query_encoder.parameters())
-    state = 2 if config.optim.name in ("adam", "adamw") else 1
-    held = 4 * parameters * (3 + state) + 4 * settings.queue_size * settings.dim
+    held = memory_held(config, parameters, sum(p.numel() for p in model.parameters()))
     rule = (
         f"{config.optim.base_lr:g} x {config.batch_size} / 256" if config.optim.lr_scaling == "linear" else "not scaled"
     )
@@ -86,19 +86,13 @@ def cautions(config: PretrainConfig, num_images: int, *, mask_own: bool) -> list
 def environment(device: torch.device) -> dict[str, Any]:
     """Return versions and machine, as recorded in environment.json."""
     names = ("moco-ssl", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
-    versions: dict[str, str | None] = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "command": sys.argv,
-        "versions": versions,
+        "versions": {name: version_of(name) for name in names},
     }
 
 

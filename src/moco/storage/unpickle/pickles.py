@@ -93,12 +93,10 @@ class Unpickler:
                 push({"LIST": list, "TUPLE": tuple, "DICT": dict, "SET": set}[name.removeprefix("EMPTY_")]())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 push(tuple([pop() for _ in range(int(name[-1]))][::-1]))
-            case "LIST" | "TUPLE" | "FROZENSET":
+            case "LIST" | "TUPLE" | "FROZENSET" | "DICT":
                 items = self._above_mark()
-                self._stack.append({"LIST": list, "TUPLE": tuple, "FROZENSET": frozenset}[name](items))
-            case "DICT":
-                items = self._above_mark()
-                self._stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+                kind = {"LIST": list, "TUPLE": tuple, "FROZENSET": frozenset, "DICT": dict}[name]
+                self._stack.append(kind(zip(items[::2], items[1::2], strict=True) if kind is dict else items))
             case "APPEND" | "APPENDS" | "ADDITEMS" | "SETITEM" | "SETITEMS":
                 single = {"APPEND": 1, "SETITEM": 2}.get(name)
                 items = [pop() for _ in range(single)][::-1] if single else self._above_mark()
@@ -108,11 +106,10 @@ class Unpickler:
             case "STACK_GLOBAL":
                 attribute, module = pop(), pop()
                 push(self.find_class(str(module), str(attribute)))
-            case "REDUCE" | "NEWOBJ":
+            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
+                if name == "NEWOBJ_EX":
+                    pop()  # the keyword arguments, which no maker takes
                 arguments, maker = pop(), pop()
-                push(_call(maker, arguments))
-            case "NEWOBJ_EX":
-                _, arguments, maker = pop(), pop(), pop()
                 push(_call(maker, arguments))
             case "INST":
                 arguments = tuple(self._above_mark())
