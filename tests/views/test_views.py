@@ -10,7 +10,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from moco import TwoViews
 from moco.config import ViewsConfig
-from moco.views.parameters import crop_box, draws, parameters
+from moco.views.parameters import crop_box, random_numbers, view_parameters
 from moco.views.specs import CIFAR10, IMAGENET, VIEWS, ViewSpec, view_specs
 
 N = 24_000
@@ -36,7 +36,7 @@ def pictures(n: int, channels: int, height: int, width: int) -> torch.Tensor:
 
 
 def uniform(*, n: int = N, seed: int = 0, epoch: int = 0, view: int = 0) -> torch.Tensor:
-    return draws(torch.arange(n), seed=seed, epoch=epoch, view=view)
+    return random_numbers(torch.arange(n), seed=seed, epoch=epoch, view=view)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -78,7 +78,7 @@ def test_every_recipe_equals_torchvision_in_the_published_order(name):
     images = pictures(len(ids), 3, 40, 48)
     both = TwoViews(specs, size, seed=5)(images, ids, epoch=7)
     for number, (views, spec, operations) in enumerate(zip(both, specs, PUBLISHED[name], strict=True)):
-        p = parameters(draws(ids, seed=5, epoch=7, view=number), spec, 40, 48)
+        p = view_parameters(random_numbers(ids, seed=5, epoch=7, view=number), spec, 40, 48)
         for i, image in enumerate(images.float() / 255):
             want = tv.normalize(by_torchvision(image, p, i, operations, size), list(spec.mean), list(spec.std))
             torch.testing.assert_close(views[i], want, atol=1 / 255 / min(spec.std), rtol=0)  # 1/255 in pixels
@@ -138,16 +138,16 @@ def test_a_crop_that_never_fits_falls_back_to_torchvisions(height, width, box):
 
 def test_operations_happen_as_often_as_they_should():
     spec = ViewSpec(flip=0.5, jitter_p=0.8, grey_p=0.2, blur_p=0.1, solarize_p=0.3)
-    p = parameters(uniform(), spec, 32, 32)
+    p = view_parameters(uniform(), spec, 32, 32)
     for happened, often in ((p.flip, 0.5), (p.jitter, 0.8), (p.grey, 0.2), (p.sigma > 0, 0.1), (p.solarize, 0.3)):
         assert abs(happened.double().mean() - often) < 4 * math.sqrt(often * (1 - often) / N)
     for always in (0.0, 1.0):
-        p = parameters(uniform(), replace(spec, flip=always, jitter_p=always, blur_p=always), 32, 32)
+        p = view_parameters(uniform(), replace(spec, flip=always, jitter_p=always, blur_p=always), 32, 32)
         assert (p.flip == bool(always)).all() and (p.jitter == bool(always)).all() and ((p.sigma > 0) == always).all()
 
 
 def test_factors_and_sigmas_are_uniform_over_their_ranges():
-    p = parameters(uniform(), ViewSpec(jitter=(0.4, 0.3, 0.2, 0.1), blur_p=0.5), 32, 32)
+    p = view_parameters(uniform(), ViewSpec(jitter=(0.4, 0.3, 0.2, 0.1), blur_p=0.5), 32, 32)
     ranges = [(0.6, 1.4), (0.7, 1.3), (0.8, 1.2), (-0.1, 0.1), (0.1, 2.0)]
     for values, (low, high) in zip([*p.strength.T, p.sigma[p.sigma > 0]], ranges, strict=True):
         assert low <= values.min() and values.max() <= high
@@ -156,13 +156,13 @@ def test_factors_and_sigmas_are_uniform_over_their_ranges():
 
 
 def test_all_24_orders_of_the_jitter_are_equally_likely():
-    order = parameters(uniform(), ViewSpec(), 32, 32).order
+    order = view_parameters(uniform(), ViewSpec(), 32, 32).order
     assert torch.equal(order.sort(dim=1).values, torch.arange(4).expand(N, 4))
     counts = order.unique(dim=0, return_counts=True)[1]
     assert len(counts) == 24 and (counts - N / 24).abs().max() < 4.5 * math.sqrt(N / 24)
 
 
-def test_draws_are_splitmix64_of_seed_epoch_view_and_id():
+def test_random_numbers_are_splitmix64_of_seed_epoch_view_and_id():
     """Steele, Lea and Flood 2014, in whole numbers. Fixed for good: a resumed run has to see the views it left."""
 
     def mix(x: int) -> int:
@@ -176,10 +176,10 @@ def test_draws_are_splitmix64_of_seed_epoch_view_and_id():
         for word in (seed, epoch, view, id):
             state = mix((state + word + golden) % 2**64)
         want = [(mix((state + n * golden) % 2**64) >> 11) / 2**53 for n in range(1, 37)]
-        assert draws(torch.tensor([id]), seed=seed, epoch=epoch, view=view)[0].tolist() == want
+        assert random_numbers(torch.tensor([id]), seed=seed, epoch=epoch, view=view)[0].tolist() == want
 
 
-def test_draws_are_uniform_in_all_their_bits():
+def test_random_numbers_are_uniform_in_all_their_bits():
     u = uniform()
     even = (np.arange(N) + 0.5) / N
     assert max(distance(column.numpy(), even) for column in u.T) < 2.7 / math.sqrt(N)
@@ -189,7 +189,7 @@ def test_draws_are_uniform_in_all_their_bits():
         assert (ones - 0.5).abs().max() < 5.5 * 0.5 / math.sqrt(N), bit
 
 
-def test_draws_are_uncorrelated_between_draws_ids_epochs_views_and_seeds():
+def test_random_numbers_are_uncorrelated_between_columns_ids_epochs_views_and_seeds():
     u, limit = uniform(), 5.5 / math.sqrt(N)
     assert (torch.corrcoef(u.T) - torch.eye(u.shape[1])).abs().max() < limit
     for lag in (1, 2, 256, 1000):
@@ -251,7 +251,7 @@ def test_colour_steps_aside_for_other_than_three_channels():
     one = pictures(16, 1, 16, 16)
     bright, same = TwoViews(specs, 16)(one, ids, epoch=0)
     torch.testing.assert_close(same, one.float() / 255)
-    p = parameters(draws(ids, seed=0, epoch=0, view=0), specs[0], 16, 16)
+    p = view_parameters(random_numbers(ids, seed=0, epoch=0, view=0), specs[0], 16, 16)
     want = torch.stack([by_torchvision(image, p, i, ("jitter",), 16) for i, image in enumerate(one.float() / 255)])
     torch.testing.assert_close(bright, want, atol=1e-5, rtol=0)
     for images, name in itertools.product((one, four), VIEWS):

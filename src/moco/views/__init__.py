@@ -1,4 +1,4 @@
-"""Two random views of each image, made in batches."""
+"""Random views of images: the published augmentations, applied to whole batches on the device."""
 
 from moco.views.specs import VIEWS, ViewSpec, view_specs
 from moco.views.two_views import OneView, TwoViews

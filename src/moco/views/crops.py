@@ -1,4 +1,4 @@
-"""Cropping, resizing and flipping."""
+"""Crops of images: where they are, cutting them out, resizing and flipping them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-Batch = Float[Tensor, "n c h w"]
+ImageBatch = Float[Tensor, "n c h w"]  # values in [0, 1], or normalised
 PerImage = Float[Tensor, " n"]
 
 
 def resampling(start: PerImage, length: PerImage, flip: Tensor, size: int, full: int) -> Float[Tensor, "n s f"]:
-    """Rows of weights that cut [start, start + length) out of `full` pixels and resize it to `size`.
+    """Return the matrices that cut [start, start + length) out of `full` pixels and resize it to `size`.
 
-    The triangle filter of Pillow and of torchvision's antialiased bilinear resize: it widens when the crop shrinks, and
-    takes nothing from outside the crop.
+    Their rows are the triangle filter of Pillow and of torchvision's antialiased bilinear resize, which is wider when
+    the crop shrinks, and takes nothing from outside the crop.
     """
     scale = (length / size)[:, None]
     positions = torch.arange(size, device=start.device)
@@ -29,8 +29,10 @@ def resampling(start: PerImage, length: PerImage, flip: Tensor, size: int, full:
     return weight / weight.sum(dim=2, keepdim=True)
 
 
-def crop_resize_flip(images: Batch, box: Float[Tensor, "n 4"], flip: Tensor, size: int) -> Float[Tensor, "n c s s"]:
-    """Crops (top, left, height, width), resizes to `size` x `size` and flips, all as two matrix products."""
+def crop_resize_flip(
+    images: ImageBatch, box: Float[Tensor, "n 4"], flip: Tensor, size: int
+) -> Float[Tensor, "n c s s"]:
+    """Crop to (top, left, height, width), resize to `size` x `size` and flip, all as two matrix products."""
     top, left, height, width = box.unbind(dim=1)
     rows = resampling(top, height, torch.zeros_like(flip), size, images.shape[2])
     columns = resampling(left, width, flip, size, images.shape[3])
@@ -47,27 +49,27 @@ class Box(NamedTuple):
 
 
 def whole_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
-    """The largest crop in the middle whose width over height lies in `ratio`."""
+    """Return the largest central crop whose width over height lies in `ratio`."""
     h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
 def crop_resize(image: UInt8[Tensor, "c h w"], box: Box, *, size: int) -> UInt8[Tensor, "c {size} {size}"]:
-    """Crops one image and resizes it to `size` x `size` (bilinear, antialiased), as torchvision's `resized_crop`."""
+    """Crop one image and resize it to `size` x `size` (bilinear, antialiased), as torchvision's `resized_crop` does."""
     part = image[None, :, box.top : box.top + box.height, box.left : box.left + box.width]
-    # torch resizes whole numbers twice as fast where the channels of a pixel lie together.
+    # torch resizes integers twice as fast if the channels of a pixel are next to each other in memory.
     part = part.contiguous(memory_format=torch.channels_last)
     return F.interpolate(part, size=(size, size), mode="bilinear", antialias=True)[0]
 
 
 def shrink_of(boxes: Sequence[Box], size: int) -> int:
-    """How many pixels may become one, 8, 4, 2 or 1, so that every crop still has `size` of them or more a side."""
+    """Return by how much to shrink an image, 8, 4, 2 or 1, so that each side of every crop keeps `size` pixels."""
     smallest = min(min(box.height, box.width) for box in boxes)
     return next(factor for factor in (8, 4, 2, 1) if factor == 1 or smallest >= factor * size)
 
 
 def shrunk_box(box: Box, factor: int, height: int, width: int) -> Box:
-    """The crop in an image of `height` and `width` of which each pixel stands for so many of the box's in a row."""
+    """Return the same crop in the image shrunk by `factor`, which has `height` and `width`."""
     if factor == 1:
         return box
     h, w = box.height // factor, box.width // factor

@@ -1,4 +1,4 @@
-"""The published augmentations, by name."""
+"""The published augmentations as data, by name."""
 
 import importlib
 from collections.abc import Callable
@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 from moco.config import ViewsConfig
 from moco.messages import closest
 
+# Mean and standard deviation of each channel.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One view: what is done, how often, how strongly."""
+    """How one view is made: the operations, their probabilities (`flip` and names in `_p`) and their strengths."""
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that the crop keeps."""
+    """Fraction of the image's area that the crop keeps."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of the crop."""
     flip: float = 0.5
@@ -25,17 +28,13 @@ class ViewSpec:
     jitter_p: float = 0.8
     grey_p: float = 0.2
     grey_first: bool = False
-    """Grey before the jitter (v1) instead of after it."""
+    """Convert to grey before the jitter (v1) instead of after it."""
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Pixels."""
     solarize_p: float = 0.0
     mean: tuple[float, ...] = IMAGENET[0]
     std: tuple[float, ...] = IMAGENET[1]
-
-
-CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 _V1 = ViewSpec(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grey_first=True)
@@ -54,10 +53,10 @@ VIEWS: dict[str, Callable[[], tuple[ViewSpec, ViewSpec]]] = {
 
 
 def view_specs(config: ViewsConfig) -> tuple[ViewSpec, ViewSpec]:
-    """The two views of a recipe by name, or of a function of yours that returns them (`package.module:function`).
+    """Return the specifications of the two views, from `VIEWS` or from a user's `package.module:function`.
 
     Raises:
-        ValueError: unknown name, or a function that is not there or returns something else.
+        ValueError: the name is unknown, or the function cannot be imported or does not return a pair of `ViewSpec`.
     """
     if config.recipe in VIEWS:
         specs = VIEWS[config.recipe]()
