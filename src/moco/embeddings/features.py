@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from moco.data import ArrayImages, BadImage, Images, resized
+from moco.data import BadImage, Images, resized
 from moco.data.decode import decode, quiet_pillow
 from moco.files import scratch_room
 from moco.method.encoder import ImageEncoder
@@ -91,7 +91,7 @@ def read_batches(
     images: Images, batches: Sequence[range], size: int
 ) -> Generator[tuple[range, UInt8[Tensor, "n c s s"], dict[int, BadImage]]]:
     """Pixels of each batch, black for unreadable files; files are read while earlier batches are processed."""
-    if isinstance(images, ArrayImages):
+    if images.in_memory is not None:
         yield from ((which, resized(images, list(which), size=size), {}) for which in batches)
         return
 
@@ -154,6 +154,7 @@ def forward(encoder: ImageEncoder, pixels: UInt8[Tensor, "n c h w"], kind: str) 
 
 def pixels(images: Images, *, size: int) -> Tensor:
     """Raw pixels as features, float32 `[n, c * size * size]` in [0, 1]: the baseline that an encoder has to beat."""
-    if isinstance(images, ArrayImages) and tuple(images.images.shape[2:]) == (size, size):
-        return images.images.flatten(1).float() / 255
+    held = images.in_memory
+    if held is not None and tuple(held.shape[2:]) == (size, size):
+        return held.flatten(1).float() / 255
     return resized(images, list(range(len(images))), size=size).flatten(1).float() / 255

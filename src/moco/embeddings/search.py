@@ -13,7 +13,7 @@ from jaxtyping import Int64, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from moco.data import ArrayImages, BadImage, FileImages, Images, as_images
+from moco.data import BadImage, FileImages, Images, as_images
 from moco.embeddings.embed import fingerprint
 from moco.embeddings.features import features
 from moco.embeddings.ranking import exact, likely
@@ -230,8 +230,7 @@ def _pixels(item: Any, channels: int) -> UInt8[Tensor, "c h w"]:
         return FileImages((str(item),), None, None, (), channels).decode(0)
     given = item[None] if isinstance(item, np.ndarray | Tensor) else [item]
     images = as_images(given, channels=channels)
-    assert isinstance(images, ArrayImages)
-    return images.images[0]
+    return images.decode(0)
 
 
 def _encoder_of(table: Embeddings, given: Any) -> tuple[ImageEncoder, str]:

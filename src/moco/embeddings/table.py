@@ -206,7 +206,7 @@ def images_of(embeddings: Embeddings) -> Images | None:
     place = {path: index for index, path in enumerate(found.paths)}
     if all(path in place for path in embeddings.paths):
         return found.select([place[path] for path in embeddings.paths])
-    return files if isinstance(found, FileImages) and any(path in place for path in embeddings.paths) else None
+    return files if found.in_memory is None and any(path in place for path in embeddings.paths) else None
 
 
 def whole_source(source: str) -> str:

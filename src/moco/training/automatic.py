@@ -4,7 +4,7 @@ import statistics
 from contextlib import suppress
 
 from moco.config import DataConfig, PretrainConfig, parse_config
-from moco.data import ArrayImages, BadImage, FileImages, Splits, load_data
+from moco.data import ArrayImages, BadImage, Images, Splits, load_data
 from moco.data.places.remote import is_remote
 from moco.parallel.device import choose_accelerator
 
@@ -81,7 +81,7 @@ def auto_config(data: DataConfig, given: Splits | None = None) -> tuple[Pretrain
     return parse_config(settings), reasons
 
 
-def _usual_side(images: FileImages) -> int:
+def _usual_side(images: Images) -> int:
     """Median of the short sides of some of the images; unreadable ones are skipped, as in training."""
     sides: list[int] = []
     # Of remote images, the first ones: any of the others may be in a shard that would have to be fetched for it.
