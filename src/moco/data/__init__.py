@@ -62,12 +62,11 @@ def load_data(config: DataConfig) -> Splits:
         ValueError: neither a known name nor a folder, no images in it, or too many that cannot be read.
     """
     splits = _load(config)
-    if config.cache and not any(isinstance(part, FileImages) and part.cache for part in splits):
-        held = isinstance(splits.train, ArrayImages)
+    if config.cache and not any(part and part.cache for part in splits):
         logging.getLogger("moco").warning(
             "data.cache %s is not used: the images are %s, so there is nothing to decode",
             config.cache,
-            "held in memory" if held else "rows of an array",
+            "rows of an array" if splits.train.in_memory is None else "held in memory",
         )
     return splits
 

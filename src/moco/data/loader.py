@@ -15,7 +15,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from moco.data.images import ArrayImages, FileImages, Images
+from moco.data.images import Images
 from moco.data.places.remote import Unavailable, is_remote
 from moco.data.places.shard_order import refuse_little_room, windowed
 from moco.data.unreadable import NUM_NAMED, BadImage
@@ -41,15 +41,15 @@ class Loader:
     """Batches of an epoch's order.
 
     Args:
-        images: `ArrayImages` are moved to the device once and indexed there; `FileImages` are read by worker processes.
+        images: pixels in memory are moved to the device once and indexed there; files are read by worker processes.
         batch_size: Images per step over all ranks. What is left at the end of an epoch is dropped.
         seed: Of the order.
-        device: Where `ArrayImages` are kept. Batches of files are brought there if it is a CUDA device.
+        device: Where pixels in memory are kept. Batches of files are brought there if it is a CUDA device.
         rank: Image i of a global batch belongs to rank i mod `world_size`.
         world_size: Number of ranks.
         workers: Reading processes; 0 reads in this one; not given: one less than this rank's share of the cores.
         crop: What makes views [v, c, s, s] in the workers: `Boxes`, as `TwoViews` are, or a function (image, id,
-            epoch) of a decoded image. Needed for `FileImages` only.
+            epoch) of a decoded image. Needed for files only.
         max_bad: Largest fraction of images that may prove unreadable.
 
     Raises:
@@ -74,9 +74,10 @@ class Loader:
             raise ValueError(f"batch_size is {batch_size}, expected at most the number of images, {len(images)}")
         if batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}, expected a multiple of the {world_size} processes")
-        if isinstance(images, FileImages) and crop is None:
+        pixels = images.in_memory
+        if pixels is None and crop is None:
             raise ValueError("image files of any sizes make no batch, expected a crop function that gives equal views")
-        if isinstance(images, FileImages) and images.cache is None and is_remote(images.paths[0]):
+        if pixels is None and images.cache is None and is_remote(images.paths[0]):
             refuse_little_room(images.paths)
         self.steps_per_epoch = len(images) // batch_size
         self.bad: list[str] = []
@@ -84,7 +85,7 @@ class Loader:
         self._images, self._batch_size, self._seed, self._device = images, batch_size, seed, device
         self._rank, self._world_size, self._crop, self._max_bad = rank, world_size, crop, max_bad
         self._workers = num_workers(world_size) if workers is None else workers
-        self._pixels = images.images.to(device) if isinstance(images, ArrayImages) else None
+        self._pixels = None if pixels is None else pixels.to(device)
         self._wait_seconds = 0.0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and self._pixels is None else None
 
@@ -121,7 +122,7 @@ class Loader:
             yield pixels[there[places]], order[places]
 
     def _from_files(self, order: Tensor, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        assert isinstance(self._images, FileImages) and self._crop is not None
+        assert self._crop is not None
         reader = Reader(self._images, order, self._crop, epoch, self._max_bad)
         steps = [parts_of(range(len(order))[self._positions(step)]) for step in range(start, self.steps_per_epoch)]
         # A batch ahead, and a part of the next for each: more only takes memory.
@@ -215,9 +216,9 @@ def resized(
     A file that cannot be read is black, and the log names it.
     """
     chosen = torch.as_tensor(indices, dtype=torch.int64)
-    if isinstance(images, ArrayImages):
-        batch = images.images[chosen.to(images.images.device)]
-        return centred(batch, size)
+    pixels = images.in_memory
+    if pixels is not None:
+        return centred(pixels[chosen.to(pixels.device)], size)
     out = torch.zeros(len(chosen), images.channels, size, size, dtype=torch.uint8)
     bad: list[BadImage] = []
     # A few at a time: at camera size each takes tens of megabytes until it is shrunk.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from moco.data.decode import quiet_pillow
-from moco.data.images import FileImages
+from moco.data.images import Images
 from moco.data.places.remote import Unavailable
 from moco.data.unreadable import BadImage
 from moco.views.crops import Box
@@ -50,7 +50,7 @@ class Part(NamedTuple):
 class Reader(Dataset[Part]):
     """Parts of batches by their places in the order; nothing in it is random."""
 
-    def __init__(self, images: FileImages, order: Int64[Tensor, " n"], crop: Crop | Boxes, epoch: int, max_bad: float):
+    def __init__(self, images: Images, order: Int64[Tensor, " n"], crop: Crop | Boxes, epoch: int, max_bad: float):
         self._images, self._order, self._crop, self._epoch = images, order, crop, epoch
         # With more failures in a row the parent stops anyway.
         self._attempts = min(len(order), int(max_bad * len(order)) + 2)

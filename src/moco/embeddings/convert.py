@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
-from moco.data import BadImage, FileImages, Images
+from moco.data import BadImage, Images
 from moco.data.spacing import evenly
 from moco.embeddings.table import Embeddings, images_of, load, read_meta
 from moco.files import write_atomically
@@ -127,8 +127,7 @@ def _sprite(images: Images, rows: Int64[np.ndarray, " n"]) -> tuple[int, bytes]:
     canvas = Image.new("RGB", (across * side, across * side), "white")
     for start in range(0, len(rows), AT_ONCE):
         part = rows[start : start + AT_ONCE].tolist()
-        read = images.decode_many(part) if isinstance(images, FileImages) else map(images.decode, part)
-        for place, pixels in enumerate(read, start):
+        for place, pixels in enumerate(images.decode_many(part), start):
             if isinstance(pixels, BadImage):
                 continue
             picture = thumbnail(pixels, side)

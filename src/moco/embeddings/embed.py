@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moco.config import DataConfig
-from moco.data import ArrayImages, BadImage, FileImages, Images, as_images, load_data
+from moco.data import BadImage, FileImages, Images, as_images, load_data
 from moco.embeddings.features import OnProgress, feature_batches, features, resolve_precision
 from moco.embeddings.shared_writing import write_shared
 from moco.embeddings.table import Embeddings, Meta, Settings, absolute_source, load, load_part
@@ -175,6 +175,6 @@ def fingerprint_of_images(images: Images) -> str:
     if images.labels is not None:
         digest.update(images.labels.numpy())
         digest.update("\0".join(images.classes or ()).encode("utf-8", "surrogateescape"))
-    if isinstance(images, ArrayImages):
-        digest.update(images.images.cpu().contiguous().numpy())
+    if images.in_memory is not None:
+        digest.update(images.in_memory.cpu().contiguous().numpy())
     return digest.hexdigest()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from moco.data import ArrayImages, BadImage, Images, resized
+from moco.data import BadImage, Images, resized
 from moco.data.decode import decode, quiet_pillow
 from moco.files import scratch_room
 from moco.method.encoder import ImageEncoder
@@ -112,7 +112,7 @@ def _pixel_batches(
     images: Images, batches: list[range], size: int
 ) -> Generator[tuple[range, UInt8[Tensor, "n c s s"], dict[int, BadImage]]]:
     """Yield the pixels of each batch, black for unreadable files; files of the next batches are read meanwhile."""
-    if isinstance(images, ArrayImages):
+    if images.in_memory is not None:
         yield from ((batch, resized(images, batch, size=size), {}) for batch in batches)
         return
 

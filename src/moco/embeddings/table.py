@@ -188,7 +188,7 @@ def images_of(embeddings: Embeddings) -> Images | None:
     index_of = {path: index for index, path in enumerate(found.paths)}
     if all(path in index_of for path in paths):
         return found.select([index_of[path] for path in paths])
-    return files if isinstance(found, FileImages) and any(path in index_of for path in paths) else None
+    return files if found.in_memory is None and any(path in index_of for path in paths) else None
 
 
 def absolute_source(source: str) -> str:

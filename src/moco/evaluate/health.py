@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from moco.data import ArrayImages, BadImage, FileImages, Images, some_of
+from moco.data import BadImage, Images, some_of
 from moco.embeddings.features import Report
 from moco.evaluate.contract import Outcome, Protocol, Task
 from moco.evaluate.knn import projected
@@ -230,8 +230,8 @@ def view_features(
     encoder.eval()
     try:
         for ids in torch.arange(len(images)).split(batch_size):
-            if isinstance(images, ArrayImages):
-                pair = views(images.images[ids].to(device), ids, epoch=epoch)
+            if not isinstance(images, Tensor) and images.in_memory is not None:
+                pair = views(images.in_memory[ids].to(device), ids, epoch=epoch)
             else:
                 crops = images[ids] if isinstance(images, Tensor) else two_crops(images, ids, views, epoch=epoch)
                 pair = views.finish(crops.to(device), ids, epoch=epoch)
@@ -247,7 +247,7 @@ def view_features(
 
 
 def two_crops(
-    images: FileImages, ids: Int64[Tensor, " n"], views: TwoViews, *, epoch: int = 0
+    images: Images, ids: Int64[Tensor, " n"], views: TwoViews, *, epoch: int = 0
 ) -> UInt8[Tensor, "n 2 c s s"]:
     """Crops of image files for two views, to be passed to `views.finish`; those of unreadable files are black."""
     out = torch.zeros(len(ids), 2, images.channels, views.size, views.size, dtype=torch.uint8)

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from moco.data import ArrayImages, BadImage, FileImages, Images
+from moco.data import BadImage, Images
 from moco.data.decode import FORMATS, decode
 from moco.data.places.array_rows import is_row
 from moco.data.places.open import open_image
@@ -84,12 +84,12 @@ def _thumbnail(images: Images, row: int) -> Image.Image | None:
 
 def _read(images: Images, row: int, side: int) -> Image.Image:
     """An image that fits into a square, upright and in colour; a large JPEG is never decoded at full size."""
-    if isinstance(images, ArrayImages):
+    if images.in_memory is not None:
         return _picture(images.decode(row), side)
     return _picture(_reduced(images, row, 2 * side), side)
 
 
-def _reduced(images: FileImages, row: int, least: int) -> UInt8[Tensor, "c h w"]:
+def _reduced(images: Images, row: int, least: int) -> UInt8[Tensor, "c h w"]:
     path = images.paths[row]
     if is_row(path):
         return torch.from_numpy(decode(path, images.channels))

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
-from moco.data import ArrayImages, BadImage, FileImages, Images, Splits, resized, some_of, with_labels
+from moco.data import BadImage, Images, Splits, resized, some_of, with_labels
 from moco.embeddings.coordinates import coordinates
 from moco.embeddings.features import features
 from moco.evaluate import HeldOut
@@ -214,9 +214,8 @@ def draw_similarities(run: Run, encoder: ImageEncoder, projector: nn.Module, ima
 
 
 def _pair(images: Images, ids: Tensor, made: TwoViews) -> tuple[Tensor, Tensor]:
-    if isinstance(images, ArrayImages):
-        return made(images.images[ids], ids, epoch=0)
-    assert isinstance(images, FileImages)
+    if images.in_memory is not None:
+        return made(images.in_memory[ids], ids, epoch=0)
     return made.finish(two_crops(images, ids, made), ids, epoch=0)
 
 
@@ -238,7 +237,7 @@ def _whole(images: Images, index: int) -> np.ndarray:
     try:
         image = images.decode(index)
     except BadImage:  # it has been named
-        image = torch.zeros(images.channels if isinstance(images, FileImages) else 1, 16, 16, dtype=torch.uint8)
+        image = torch.zeros(images.channels, 16, 16, dtype=torch.uint8)
     height, width = image.shape[1:]
     if max(height, width) > PIXELS:
         size = [max(1, round(PIXELS * side / max(height, width))) for side in (height, width)]

@@ -4,7 +4,7 @@ import statistics
 from contextlib import suppress
 
 from moco.config import DataConfig, PretrainConfig, parse_config
-from moco.data import ArrayImages, BadImage, FileImages, Splits, load_data
+from moco.data import BadImage, Images, Splits, load_data
 from moco.data.places.remote import is_remote
 from moco.parallel.device import choose_accelerator
 
@@ -33,7 +33,7 @@ def auto_config(data: DataConfig, loaded: Splits | None = None) -> tuple[Pretrai
     number = len(images)
     if number < 16:
         raise ValueError(f"there are {number} images; expected at least 16 to contrast with each other: add more")
-    side = min(images.images.shape[2:]) if isinstance(images, ArrayImages) else _usual_side(images)
+    side = _usual_side(images) if images.in_memory is None else min(images.in_memory.shape[2:])
     accelerated = choose_accelerator("auto") != "cpu"
     small = side <= SMALL
     size = max(8, side // 8 * 8) if small else min(224, side // 32 * 32) if accelerated else ON_PROCESSOR
@@ -69,7 +69,7 @@ def auto_config(data: DataConfig, loaded: Splits | None = None) -> tuple[Pretrai
     return parse_config(settings), reasons
 
 
-def _usual_side(images: FileImages) -> int:
+def _usual_side(images: Images) -> int:
     """Return the median of the short sides of some images; unreadable ones are skipped, as in training."""
     sides: list[int] = []
     # Of remote images, the first ones: any of the others may be in a shard that would have to be fetched for it.

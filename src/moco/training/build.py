@@ -4,7 +4,7 @@ import torch
 from lightning_fabric import Fabric
 
 from moco.config import ModelConfig, PretrainConfig
-from moco.data import ArrayImages, Images, Loader, Splits, fingerprint
+from moco.data import Images, Loader, Splits, fingerprint
 from moco.data.loader import num_workers
 from moco.method import small_map_convolution
 from moco.method.backbones import refuse_size
@@ -73,7 +73,7 @@ def prepare(config: PretrainConfig, splits: Splits, fabric: Fabric, *, fresh: bo
         monitor=build_monitor(config, splits, encoder, query_encoder.projector),
         num_images=len(train),
         images=fingerprint(train),
-        in_memory=isinstance(train, ArrayImages),
+        in_memory=train.in_memory is not None,
         mask_own=config.model.queue_size > 0.1 * len(train) if mask is None else mask and config.model.queue_size > 0,
         total=min(planned, config.steps or planned),
         meter=Meter(fabric.device),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.config import PretrainConfig
-from moco.data import ArrayImages, Images, Splits, some_of, with_labels
+from moco.data import Images, Splits, some_of, with_labels
 from moco.embeddings.features import features, pixels
 from moco.evaluate import HeldOut, held_out
 from moco.evaluate.contract import accuracies
@@ -68,7 +68,7 @@ class Monitor:
         return consensus.first(self._health)
 
     def _health(self) -> dict[str, float]:
-        images = self.viewed if isinstance(self.viewed, ArrayImages) else self._crops
+        images = self._crops if self.viewed.in_memory is None else self.viewed
         precision = self.config.engine.precision
         figures = measure(*view_features(self.encoder, images, self.views, epoch=FIXED_EPOCH, precision=precision))
         return {name: figures[name] for name in HEALTH}
@@ -76,7 +76,6 @@ class Monitor:
     @cached_property
     def _crops(self) -> Tensor:
         """Crops of image files, which are read only once."""
-        assert not isinstance(self.viewed, ArrayImages)
         return two_crops(self.viewed, torch.arange(len(self.viewed)), self.views, epoch=FIXED_EPOCH)
 
     def knn(self) -> dict[str, float]:
@@ -148,7 +147,7 @@ def build_monitor(config: PretrainConfig, splits: Splits, encoder: ImageEncoder,
     """Build a monitor for these images; without labels, it measures health only."""
     train, size = splits.train, config.views.size
     most = max(MIN_VIEWED, min(MAX_VIEWED, len(train) // 4))
-    if not isinstance(train, ArrayImages):
+    if train.in_memory is None:
         most = min(most, max(1, MAX_BYTES // (2 * train.channels * size * size)))
     viewed, views = some_of(train, most), TwoViews(view_specs(config.views), size, config.seed)
     labelled, during, final = with_labels(train), None, None

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 from moco.config import DataConfig
-from moco.data import ArrayImages, BadImage, FileImages, Images, Splits, load_data
+from moco.data import BadImage, Images, Splits, load_data
 from moco.data.packing.plan import Shard, begin, padded, plan_of, suffix_of
 from moco.data.places.array_rows import is_row
 from moco.data.places.open import read_image
@@ -142,7 +142,7 @@ class _Work:
                 self._on_progress(self._done, self.total)
 
 
-def _files(images: str | Path | Images | Splits, max_bad: float) -> dict[str, FileImages]:
+def _files(images: str | Path | Images | Splits, max_bad: float) -> dict[str, Images]:
     """The parts, as files that have not been decoded."""
     if isinstance(images, str | Path):
         settings = {"source": str(images), "memory": _STREAMED, "max_bad": max_bad}
@@ -151,7 +151,7 @@ def _files(images: str | Path | Images | Splits, max_bad: float) -> dict[str, Fi
     parts = {"train": splits.train} | ({} if splits.test is None else {"test": splits.test})
     found = {}
     for part, each in parts.items():
-        if isinstance(each, ArrayImages) or is_row(each.paths[0]):
+        if each.in_memory is not None or is_row(each.paths[0]):
             raise ValueError(f"the {len(each)} images are arrays, not image files; expected a folder of images")
         found[part] = each
     return found

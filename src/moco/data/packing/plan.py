@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from moco.data.images import FileImages
+from moco.data.images import Images
 from moco.data.loader import epoch_order
 from moco.data.places.open import open_image
 from moco.data.places.remote import Unavailable
@@ -32,7 +32,7 @@ class Shard(NamedTuple):
     items: list[Item]
 
 
-def plan_of(images: FileImages, folder: Path, size: float) -> list[Shard]:
+def plan_of(images: Images, folder: Path, size: float) -> list[Shard]:
     """Which image goes where: a function of the images alone.
 
     Args:

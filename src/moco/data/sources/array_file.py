@@ -14,7 +14,7 @@ from moco.config import DataConfig
 from moco.data.decode import with_channels
 from moco.data.images import ArrayImages, FileImages, Images, Splits
 from moco.data.places.array_rows import mapped, planes
-from moco.data.sources.from_python import as_images
+from moco.data.sources.from_python import array_images
 from moco.data.sources.listing import numbered
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth")
@@ -91,10 +91,9 @@ def _part(
     if given is None:
         return None
     try:
-        images = as_images(given, channels=channels)
+        images = array_images(given, channels)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from None
-    assert isinstance(images, ArrayImages)
     images = replace(images, paths=tuple(f"{path}/{part}/{row}" for row in range(len(images))))
     found = next((np.asarray(held[name]) for name in label_names if name in held), None)
     if found is None:

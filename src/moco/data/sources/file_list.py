@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco.config import DataConfig
-from moco.data.images import ArrayImages, Splits
+from moco.data.images import Splits
 from moco.data.places import tar_index
 from moco.data.sources.listing import HELD_OUT, Listing, numbered, read_listing
 from moco.packages import install
@@ -50,7 +50,7 @@ def load_list(path: Path, config: DataConfig) -> Splits:
             numbers, known = numbered(str(path), chosen(table.labels), known)
         # What is cached of training and of test images is kept apart by the name.
         images = read_listing(Listing(chosen(files), numbers, known), path / name, config, budget)
-        budget -= images.images.nbytes if isinstance(images, ArrayImages) else 0
+        budget -= images.nbytes
         parts.append(images)
     return Splits(parts[0], parts[1] if len(parts) == 2 else None)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moco.config import DataConfig
-from moco.data.images import ArrayImages, Splits
+from moco.data.images import Splits
 from moco.data.places.tar_index import SUFFIXES
 from moco.data.sources.listing import HELD_OUT, Listing, first_labelled, read_listing
 
@@ -30,8 +30,7 @@ def load_folder(folder: Path, config: DataConfig) -> Splits:
     if found is None:
         return Splits(train, None)
     name, listing = found
-    used = train.images.nbytes if isinstance(train, ArrayImages) else 0
-    return Splits(train, read_listing(listing, folder / name, config, config.memory * 2**30 - used))
+    return Splits(train, read_listing(listing, folder / name, config, config.memory * 2**30 - train.nbytes))
 
 
 def _list(folder: Path, known: tuple[str, ...] | None = None) -> Listing:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from moco.data.decode import with_channels
-from moco.data.images import ArrayImages, FileImages, Images
+from moco.data.images import ArrayImages, Images
 from moco.data.places.array_rows import planes
 from moco.views.pixels import pixels_of
 
@@ -25,13 +25,17 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
     Raises:
         ValueError: none of these, no images, or images of several sizes.
     """
-    if isinstance(given, ArrayImages | FileImages):
-        has = given.images.shape[1] if isinstance(given, ArrayImages) else given.channels
-        if has != channels:
+    if isinstance(given, Images):
+        if given.channels != channels:
             raise ValueError(
-                f"images have {has} channels; expected {channels}: load them with --data.channels {channels}"
+                f"images have {given.channels} channels; expected {channels}: load them with --data.channels {channels}"
             )
         return given
+    return array_images(given, channels)
+
+
+def array_images(given: Any, channels: int) -> ArrayImages:
+    """Return images in memory from what `as_images` takes, except a set of images."""
     labels = None
     if isinstance(given, np.ndarray):
         if given.dtype != np.uint8:

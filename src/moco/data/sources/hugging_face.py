@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from moco.config import DataConfig
-from moco.data.images import ArrayImages, Splits
+from moco.data.images import Splits
 from moco.data.places.hub_rows import HUGGING_FACE, column_of, facts_of_part, library_of, parts_of, rows_of
 from moco.data.sources.listing import HELD_OUT, Listing, first_labelled, read_listing
 
@@ -34,7 +34,7 @@ def load_hugging_face(source: str, config: DataConfig) -> Splits:
     train = "train" if "train" in parts else next(iter(parts))
     kind, budget = library_of(name).Image, config.memory * 2**30
     images = read_listing(_listing(name, train), _place(name, train), config, budget)
-    budget -= images.images.nbytes if isinstance(images, ArrayImages) else 0
+    budget -= images.nbytes
     others = (part for part in HELD_OUT if part in parts and part != train and column_of(parts[part], kind) is not None)
     # Many sets keep the labels of their test part to themselves.
     test = first_labelled((part, _listing(name, part)) for part in others)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from moco.config import DataConfig
-from moco.data.images import ArrayImages, FileImages, Images, Splits
+from moco.data.images import FileImages, Images, Splits
 from moco.data.places import remote
 from moco.data.places.remote import is_remote
 from moco.data.places.tar_index import SUFFIXES, Content
@@ -57,8 +57,7 @@ def load_shards(source: str, config: DataConfig) -> Splits:
     images = _load(source, train, config, None, config.memory * 2**30)
     if not test:
         return Splits(images, None)
-    used = images.images.nbytes if isinstance(images, ArrayImages) else 0
-    return Splits(images, _load(source, test, config, images.classes, config.memory * 2**30 - used))
+    return Splits(images, _load(source, test, config, images.classes, config.memory * 2**30 - images.nbytes))
 
 
 def expand(pattern: str) -> list[str]:

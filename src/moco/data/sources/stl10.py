@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from moco.config import DataConfig
-from moco.data.images import ArrayImages, Splits
+from moco.data.images import Splits
 from moco.data.places.array_rows import STL10_SHAPE
 from moco.data.sources.array_file import from_rows
 from moco.data.sources.named import found
@@ -50,7 +50,7 @@ def read_stl10(folder: Path, config: DataConfig) -> Splits:
             raise ValueError(f"{str(folder)!r} has {count} {part} images and {len(known)} labels; get it anew")
     budget = config.memory * 2**30
     train = from_rows([str(folder / f"{part}_X.bin") for part in ("unlabeled", "train")], config.channels, budget)
-    budget -= train.images.nbytes if isinstance(train, ArrayImages) else 0
+    budget -= train.nbytes
     some = train.select(range(counts[0], len(train)))
     train = replace(train, labelled=replace(some, labels=labels[0], classes=classes))
     test = from_rows([str(folder / "test_X.bin")], config.channels, budget)
