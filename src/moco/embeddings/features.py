@@ -145,11 +145,16 @@ def evaluating(encoder: ImageEncoder) -> Generator[None]:
 
 
 def forward(encoder: ImageEncoder, pixels: UInt8[Tensor, "n c h w"], kind: str) -> Float[Tensor, "n f"]:
-    first = next(encoder.parameters())
-    layout = torch.channels_last if kind == "bf16" else torch.contiguous_format
-    batch = normalise(pixels.to(first.device), encoder.mean, encoder.std).to(first.dtype).to(memory_format=layout)
-    with torch.autocast(first.device.type, dtype=torch.bfloat16, enabled=kind == "bf16"):
-        return encoder(batch).float().cpu()
+    device = next(encoder.parameters()).device
+    return encode(encoder, normalise(pixels.to(device), encoder.mean, encoder.std), kind).float().cpu()
+
+
+def encode(encoder: ImageEncoder, views: Float[Tensor, "n c h w"], precision: str) -> Float[Tensor, "n f"]:
+    """Return the features of normalised images, on the encoder's device; bf16 runs under autocast."""
+    parameter = next(encoder.parameters())
+    layout = torch.channels_last if precision == "bf16" else torch.contiguous_format
+    with torch.autocast(parameter.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        return encoder(views.to(parameter.dtype, memory_format=layout))
 
 
 def pixels(images: Images, *, size: int) -> Tensor:
