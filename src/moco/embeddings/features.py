@@ -4,7 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
@@ -97,15 +97,14 @@ def feature_batches(
     short = size if short is None else short
     margin = round((short - size) / 2)
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    device, was_training = next(encoder.parameters()).device, encoder.training
-    encoder.eval()
-    try:
-        with closing(_pixel_batches(images, batches, short)) as read:
-            for batch, pixels, bad in read:
-                cropped = pixels[:, :, margin : margin + size, margin : margin + size]
-                yield batch, forward(encoder, normalise(cropped.to(device), encoder.mean, encoder.std), precision), bad
-    finally:
-        encoder.train(was_training)
+    device = next(encoder.parameters()).device
+    with evaluating(encoder), closing(_pixel_batches(images, batches, short)) as read:
+        for batch, pixels, bad in read:
+            cropped = pixels[:, :, margin : margin + size, margin : margin + size]
+            normalised = normalise(cropped.to(device), encoder.mean, encoder.std)
+            with torch.inference_mode():
+                vectors = encode(encoder, normalised, precision).float().cpu()
+            yield batch, vectors, bad
 
 
 def _pixel_batches(
@@ -146,13 +145,23 @@ def resolve_precision(encoder: ImageEncoder, precision: str) -> str:
     return choose_precision(next(encoder.parameters()).device.type) if precision == "auto" else precision
 
 
-@torch.inference_mode()
-def forward(encoder: ImageEncoder, images: Float[Tensor, "n c h w"], precision: str) -> Float[Tensor, "n f"]:
-    """Compute the features of normalised images, on the encoder's device, as float32 on the CPU."""
+@contextmanager
+def evaluating(encoder: ImageEncoder) -> Generator[None]:
+    """Switch an encoder to evaluation mode, and back to its own mode at the end."""
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(was_training)
+
+
+def encode(encoder: ImageEncoder, images: Float[Tensor, "n c h w"], precision: str) -> Float[Tensor, "n f"]:
+    """Return the features of normalised images, on the encoder's device; bf16 runs under autocast."""
     weight = next(encoder.parameters())
     layout = torch.channels_last if precision == "bf16" else torch.contiguous_format
     with torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        return encoder(images.to(weight.dtype).to(memory_format=layout)).float().cpu()
+        return encoder(images.to(weight.dtype).to(memory_format=layout))
 
 
 def pixels(images: Images, *, size: int) -> Tensor:

@@ -17,7 +17,7 @@ from moco.messages import closest
 from moco.parallel import collectives
 from moco.parallel.device import choose_accelerator, choose_precision, own_device
 from moco.parallel.fabric import met
-from moco.parallel.launch import launched
+from moco.parallel.launch import Launch, launched
 from moco.storage.encoder_files import load_encoder, load_projector
 from moco.storage.run import Run
 from moco.views.specs import view_specs
@@ -70,40 +70,45 @@ def evaluate(
         >>> found.name, sorted(found.figures)                                                # doctest: +SKIP
         ('linear-official', ['best_top1', 'top1', 'top5'])
     """
-    way = protocol_named(protocol)
-    given = settings if isinstance(settings, EvaluateConfig) else parse_evaluation(dict(settings or {}))
-    way.refuse_others(protocol, given)
+    definition = protocol_named(protocol)
+    requested = settings if isinstance(settings, EvaluateConfig) else parse_evaluation(dict(settings or {}))
+    definition.refuse_others(protocol, requested)
     run = Run.open(source) if (Path(source) / "config.yaml").is_file() else None
-    chosen = _resolved(given, way, run)
+    resolved = _resolved(requested, definition, run)
     start = launched()
-    number = (start.per_node or 1) * (start.nodes or 1)
-    if number > 1 and not way.in_shares(given):
-        raise ValueError(
-            f"{number} processes cannot share --protocol {protocol}{f' --form {given.form}' if given.form else ''}; "
-            "start one process (knn and linear, but for its form leftthomas, are shared)"
-        )
-    device = own_device(chosen.accelerator)
+    _refuse_processes(start, protocol, definition, requested)
+    device = own_device(resolved.accelerator)
     encoder = load_encoder(source, backbone=backbone).to(device)
-    wanted = chosen.features == "projection" or way.wants_projector
+    wanted = resolved.features == "projection" or definition.wants_projector
     projector = load_projector(run).to(device) if run and wanted else None
-    if chosen.features == "projection" and projector is None:
+    if resolved.features == "projection" and projector is None:
         raise ValueError(f"{source} holds no projector; expected the folder of a run, or leave out --features")
     views = view_specs(run.config.views) if run and ":" not in run.config.views.recipe else None
     images = _images(run, data, encoder.channels, source)
-    task = Task(encoder, projector, load_data(images), chosen, on_progress or (lambda *_: None), views, images)
+    task = Task(encoder, projector, load_data(images), resolved, on_progress or (lambda *_: None), views, images)
     with met():
-        outcome = way.measure(task)
+        outcome = definition.measure(task)
         leads = start.rank == 0 and collectives.rank() == 0
     if not isinstance(outcome, Outcome):
         raise ValueError(f"protocol {protocol!r} returns {outcome!r:.80}; expected a moco.evaluate.Outcome")
-    own = run.config.data.source if run else None
-    default_form = way.default_form(encoder) if way.default_form else None
-    name = name_of(protocol, given, default_form=default_form, data=data, own=own)
+    of_run = run.config.data.source if run else None
+    default_form = definition.default_form(encoder) if definition.default_form else None
+    name = name_of(protocol, requested, default_form=default_form, data=data, own=of_run)
     folder = Path(out) if out else run.path / "evaluations" if run else None
-    found = _evaluation(name, data or own or "", outcome, task, folder)
+    evaluation = _evaluation(name, data or of_run or "", outcome, task, folder)
     if leads:
-        found.write()
-    return found
+        evaluation.write()
+    return evaluation
+
+
+def _refuse_processes(start: Launch, protocol: str, definition: Protocol, settings: EvaluateConfig) -> None:
+    number = (start.per_node or 1) * (start.nodes or 1)
+    if number > 1 and not definition.in_shares(settings):
+        form = f" --form {settings.form}" if settings.form else ""
+        raise ValueError(
+            f"{number} processes cannot share --protocol {protocol}{form}; start one process (knn and linear, but for "
+            "its form leftthomas, are shared)"
+        )
 
 
 def protocol_named(name: str) -> Protocol:
@@ -132,18 +137,18 @@ def protocol_named(name: str) -> Protocol:
     return Protocol(found)
 
 
-def _resolved(settings: EvaluateConfig, way: Protocol, run: Run | None) -> EvaluateConfig:
+def _resolved(settings: EvaluateConfig, definition: Protocol, run: Run | None) -> EvaluateConfig:
     """Fill in settings from the run, the machine or a published form."""
     accelerator = choose_accelerator(settings.accelerator)
     chosen: dict[str, Any] = {"accelerator": accelerator}
-    if settings.precision == "auto" and settings.form in way.fp32:
+    if settings.precision == "auto" and settings.form in definition.fp32:
         chosen["precision"] = "fp32"
     elif settings.precision == "auto":  # a run's accuracies were measured in its own precision, on its accelerator
         same = run is not None and run.config.engine.accelerator == accelerator
         own = run.config.engine.precision if run and same else "auto"
         chosen["precision"] = choose_precision(accelerator) if own == "auto" else own
     for name, of_run, published in (("k", "knn_k", 200), ("temperature", "knn_temperature", 0.1)):
-        if name in way.takes and getattr(settings, name) is None:
+        if name in definition.takes and getattr(settings, name) is None:
             chosen[name] = getattr(run.config.monitor, of_run) if run else published
     return settings.model_copy(update=chosen)
 

@@ -1,6 +1,6 @@
 """What every protocol receives and returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from moco.config import DataConfig, EvaluateConfig
 from moco.data import Images, Splits, with_labels
+from moco.embeddings.table import Embeddings
+from moco.messages import closest
 from moco.method.encoder import ImageEncoder
 from moco.views.specs import ViewSpec
 
@@ -156,6 +158,41 @@ def labels_of(images: Images) -> Int64[Tensor, " n"]:
     return images.labels
 
 
+def labels_of_tables(train: Embeddings, test: Embeddings, user: str) -> tuple[Tensor, Tensor]:
+    """Return the labels of both tables of embeddings.
+
+    Raises:
+        ValueError: one has none; the message says that `user` needs them.
+    """
+    for name, table in (("train", train), ("test", test)):
+        if table.labels is None:
+            raise ValueError(f"the {name} images have no labels; {user} needs class subfolders or a labelled data set")
+    assert train.labels is not None and test.labels is not None
+    return torch.from_numpy(train.labels), torch.from_numpy(test.labels)
+
+
+def num_classes(parts: HeldOut) -> int:
+    """Return the number of classes a classifier tells apart: those with a name, or up to the largest training label."""
+    return max(len(parts.train.classes or ()), int(parts.train_labels.max()) + 1)
+
+
+def is_vit(encoder: ImageEncoder) -> bool:
+    """Return whether the backbone is a vision transformer, which the published protocols train differently."""
+    return hasattr(encoder.backbone, "patch_embed")
+
+
+def check_form(protocol: str, form: str, known: Sequence[str]) -> None:
+    """Refuse a form that the protocol does not have.
+
+    Raises:
+        ValueError: the form is unknown; the message lists the known ones and the closest.
+    """
+    if form not in known:
+        raise ValueError(
+            f"unknown form {form!r} of {protocol}: expected one of {', '.join(known)}{closest(form, list(known))}"
+        )
+
+
 def held_out(splits: Splits, *, use_test: bool = True) -> HeldOut:
     """Divide labelled images into those to train on and those to test on.
 
@@ -172,9 +209,8 @@ def held_out(splits: Splits, *, use_test: bool = True) -> HeldOut:
         return HeldOut(train, test)
     if len(train) < 20:
         raise ValueError(f"{len(train)} labelled images are too few to hold some out; give at least 20")
-    asked = list(range(0, len(train), 10))
-    answering = [index for index in range(len(train)) if index % 10]
-    return HeldOut(train.select(answering), train.select(asked))
+    remaining = [index for index in range(len(train)) if index % 10]
+    return HeldOut(train.select(remaining), train.select(list(range(0, len(train), 10))))
 
 
 def balanced(labels: Int64[Tensor, " n"], fraction: float, seed: int) -> Int64[Tensor, " s"]:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moco.config import OptimConfig
-from moco.evaluate.contract import HeldOut, Outcome, Protocol, Task, labels_of
+from moco.evaluate.contract import Outcome, Protocol, Task, check_form, is_vit, labels_of, num_classes
 from moco.evaluate.knn import projected
 from moco.evaluate.reading import Batches, hold, read
-from moco.messages import closest
 from moco.method.backbones import build_backbone
 from moco.method.encoder import ImageEncoder
 from moco.method.optim import FUSED_DEVICES, learning_rate, resolved_lr
@@ -130,7 +129,7 @@ def evaluate(task: Task) -> Outcome:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
         network = trainable(encoder, from_scratch=settings.from_scratch)
-        classifier = nn.Linear(encoder.num_features, _num_classes(held))
+        classifier = nn.Linear(encoder.num_features, num_classes(held))
         nn.init.normal_(classifier.weight, std=0.01)
         nn.init.zeros_(classifier.bias)
         dtype = torch.float64 if plan.precision == "fp64" else torch.float32
@@ -158,10 +157,8 @@ def kind(form: str | None, encoder: ImageEncoder) -> str:
     Raises:
         ValueError: it is not in `FINETUNE`.
     """
-    form = form or ("vit" if hasattr(encoder.backbone, "patch_embed") else "resnet")
-    if form not in FINETUNE:
-        known = list(FINETUNE)
-        raise ValueError(f"unknown form {form!r} of finetune: expected one of {', '.join(known)}{closest(form, known)}")
+    form = form or ("vit" if is_vit(encoder) else "resnet")
+    check_form("finetune", form, list(FINETUNE))
     return form
 
 
@@ -281,10 +278,6 @@ def _optimizer(plan: Plan, groups: list[dict[str, Any]]) -> Optimizer:
     if plan.form.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr, weight_decay=decay, fused=fused)
     return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=decay, fused=fused)
-
-
-def _num_classes(held: HeldOut) -> int:
-    return len(held.train.classes or ()) or 1 + int(max(held.train_labels.max(), held.test_labels.max()))
 
 
 def _said(task: Task, plan: Plan, num_images: int) -> str:

@@ -14,11 +14,10 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from moco.data import BadImage, Images, some_of
-from moco.embeddings.features import Report
+from moco.embeddings.features import Report, encode, evaluating, resolve_precision
 from moco.evaluate.contract import Outcome, Protocol, Task
 from moco.evaluate.knn import projected
 from moco.method.encoder import ImageEncoder
-from moco.parallel.device import choose_precision
 from moco.views.specs import VIEWS
 from moco.views.two_views import TwoViews
 
@@ -34,6 +33,7 @@ FEW_TO_RANK = 4
 """With fewer images than this many times the features, the effective rank says as much about them as the encoder."""
 # Rules of thumb: no paper gives any. They are set far from what was measured on encoders that work.
 COLLAPSED_SPREAD, COLLAPSED_RANK = 0.1, 2.0
+COLLAPSE_ADVICE = "Lower --optim.base_lr, raise --model.momentum, and leave --model.batchnorm on auto."
 LOW_RANK = 5.0
 """Effective rank below which few dimensions are used, in percent of the dimensions."""
 DEAD = 0.01
@@ -170,6 +170,11 @@ def measure(first: Vectors, second: Vectors) -> dict[str, float]:
     }
 
 
+def is_collapsed(*, spread: float = 1.0, effective_rank: float = math.inf) -> bool:
+    """Return whether all images look alike to the encoder; a figure that was not measured is left out."""
+    return spread < COLLAPSED_SPREAD or effective_rank <= COLLAPSED_RANK
+
+
 def verdict(figures: dict[str, float], *, num_images: int, num_dims: int) -> str:
     """Say what the figures of `measure` mean, and what to do. The limits are rules of thumb."""
     spread, rank = figures["spread"], figures["effective_rank"]
@@ -177,11 +182,11 @@ def verdict(figures: dict[str, float], *, num_images: int, num_dims: int) -> str
     share = 100 * rank / most
     if not math.isfinite(spread + rank):
         return "broken: they are NaN or infinite; go back to an earlier checkpoint and lower --optim.base_lr."
-    if spread < COLLAPSED_SPREAD or rank <= COLLAPSED_RANK:
+    if is_collapsed(spread=spread, effective_rank=rank):
         return (
             f"collapsed: all images look alike (spread {spread:.3f}, effective rank {rank:.1f}; expected over "
             f"{COLLAPSED_SPREAD} and {COLLAPSED_RANK:g}). An encoder that is hardly trained can look like this too. "
-            "Lower --optim.base_lr, raise --model.momentum, and leave --model.batchnorm on auto."
+            f"{COLLAPSE_ADVICE}"
         )
     if share < LOW_RANK:
         return (
@@ -222,27 +227,20 @@ def view_features(
         precision: precision of the encoder.
         on_progress: called with (images done, images in all).
     """
-    parameter, was_training = next(encoder.parameters()), encoder.training
-    device = parameter.device
-    kind = choose_precision(device.type) if precision == "auto" else precision
-    layout = torch.channels_last if kind == "bf16" else torch.contiguous_format
-    found: tuple[list[Tensor], list[Tensor]] = [], []
-    encoder.eval()
-    try:
+    device, precision = next(encoder.parameters()).device, resolve_precision(encoder, precision)
+    features: tuple[list[Tensor], list[Tensor]] = [], []
+    with evaluating(encoder):
         for ids in torch.arange(len(images)).split(batch_size):
             if not isinstance(images, Tensor) and images.in_memory is not None:
                 pair = views(images.in_memory[ids].to(device), ids, epoch=epoch)
             else:
                 crops = images[ids] if isinstance(images, Tensor) else two_crops(images, ids, views, epoch=epoch)
                 pair = views.finish(crops.to(device), ids, epoch=epoch)
-            for batch, parts in zip(pair, found, strict=True):
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=kind == "bf16"):
-                    parts.append(encoder(batch.to(parameter.dtype, memory_format=layout)).float().cpu())
+            for batch, parts in zip(pair, features, strict=True):
+                parts.append(encode(encoder, batch, precision).float().cpu())
             if on_progress:
                 on_progress(int(ids[-1]) + 1, len(images))
-    finally:
-        encoder.train(was_training)
-    first, second = (torch.cat(parts) for parts in found)
+    first, second = (torch.cat(parts) for parts in features)
     return first, second
 
 

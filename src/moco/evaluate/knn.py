@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moco.embeddings.neighbours import AT_ONCE, nearest
 from moco.embeddings.table import Embeddings
-from moco.evaluate.contract import Outcome, Protocol, Task, accuracies, check_finite, labels_of
+from moco.evaluate.contract import Outcome, Protocol, Task, accuracies, check_finite, labels_of, labels_of_tables
 from moco.evaluate.reading import read
 from moco.parallel import collectives
 
@@ -75,13 +75,10 @@ def knn(train: Embeddings, test: Embeddings, *, k: int = 200, temperature: float
         >>> sorted(moco.knn(moco.embed(encoder, "train/"), moco.embed(encoder, "test/"), k=200))   # doctest: +SKIP
         ['top1', 'top5']
     """
-    for name, part in (("train", train), ("test", test)):
-        if part.labels is None:
-            raise ValueError(f"the {name} images have no labels; kNN needs class subfolders or a labelled data set")
-    assert train.labels is not None and test.labels is not None
-    labels, queries = torch.from_numpy(train.labels), torch.from_numpy(np.array(test.vectors))
+    labels, test_labels = labels_of_tables(train, test, "kNN")
+    queries = torch.from_numpy(np.array(test.vectors))
     scores = knn_scores(train.vectors, labels, queries, k=k, temperature=temperature)
-    return accuracies(scores, torch.from_numpy(test.labels))
+    return accuracies(scores, test_labels)
 
 
 @torch.inference_mode()

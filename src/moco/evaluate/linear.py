@@ -1,4 +1,4 @@
-"""Linear classification on a frozen encoder, in the published forms; `fast`, on precomputed features, is in `probe`.
+"""Linear classification on a frozen encoder, in the published forms; for `fast`, see `linear_fast`.
 
 `official` is that of MoCo v1 and v2 (arXiv:1911.05722, section 4.1), `v3` that of MoCo v3 (arXiv:2104.02057 and its
 code), `leftthomas` that of a widely used CIFAR re-implementation of MoCo. Test images are cropped as published: the
@@ -8,11 +8,10 @@ the short side to the encoder's size and crops nothing off it.
 
 import math
 
-from moco.evaluate.contract import Outcome, Protocol, Task, labels_of
+from moco.evaluate.contract import Outcome, Protocol, Task, check_form, labels_of
 from moco.evaluate.linear_fast import BATCH_SIZE, Settings, figures, passes, probe
 from moco.evaluate.linear_published import FORMS, evaluate_published
 from moco.evaluate.reading import read
-from moco.messages import closest
 
 
 def evaluate(task: Task) -> Outcome:
@@ -23,9 +22,7 @@ def evaluate(task: Task) -> Outcome:
         RuntimeError: the loss became NaN or infinite, or the frozen encoder has changed.
     """
     name = task.settings.form or "fast"
-    if name != "fast" and name not in FORMS:
-        known = ["fast", *FORMS]
-        raise ValueError(f"unknown form {name!r} of linear: expected one of {', '.join(known)}{closest(name, known)}")
+    check_form("linear", name, ["fast", *FORMS])
     return _fast(task) if name == "fast" else evaluate_published(task, name)
 
 
@@ -42,22 +39,22 @@ PROTOCOL = Protocol(
 def _fast(task: Task) -> Outcome:
     settings, held = task.settings, task.labelled()
     train, test = read(task, held.train, "training"), read(task, held.test, "test")
-    asked = Settings(settings.lr, settings.weight_decay, settings.epochs, settings.batch_size, settings.seed)
-    found = probe(train.vectors, labels_of(train.images), test.vectors, settings=asked, device=task.device)
+    requested = Settings(settings.lr, settings.weight_decay, settings.epochs, settings.batch_size, settings.seed)
+    best = probe(train.vectors, labels_of(train.images), test.vectors, settings=requested, device=task.device)
     where = (
         "left at the default, because no class has two training images"
-        if math.isnan(found.validation_top1)
+        if math.isnan(best.validation_top1)
         else "chosen on a held-out tenth of the training images of each class, then trained on all"
     )
-    note = f"Learning rate {found.lr:g} and weight decay {found.weight_decay:g}: {where}; test images played no part."
+    note = f"Learning rate {best.lr:g} and weight decay {best.weight_decay:g}: {where}; test images played no part."
     whole = "Images are resized by the short side, then centre-cropped to a square; published forms crop more off."
-    chosen = {name: value for name, value in figures(found).items() if not math.isnan(value)}
+    chosen = {name: value for name, value in figures(best).items() if not math.isnan(value)}
     used = {
         "form": "fast",
-        "lr": found.lr,
-        "weight_decay": found.weight_decay,
-        "epochs": passes(len(train.images), asked)[1],
+        "lr": best.lr,
+        "weight_decay": best.weight_decay,
+        "epochs": passes(len(train.images), requested)[1],
         "batch_size": settings.batch_size or BATCH_SIZE,
     }
     notes = (note, whole, *train.notes, *test.notes)
-    return Outcome(chosen, found.scores, notes, labels_of(test.images), settings.model_copy(update=used))
+    return Outcome(chosen, best.scores, notes, labels_of(test.images), settings.model_copy(update=used))

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from moco.embeddings.table import Embeddings
-from moco.evaluate.contract import ROWS_AT_ONCE, accuracies, check_finite
+from moco.evaluate.contract import ROWS_AT_ONCE, accuracies, check_finite, labels_of_tables
 from moco.files import HELD_IN_MEMORY
 
 Vectors = Float[Tensor, "n f"]
@@ -124,22 +124,15 @@ def linear(
         >>> sorted(figures)                                                                        # doctest: +SKIP
         ['lr', 'top1', 'top5', 'validation_top1', 'weight_decay']
     """
-    for name, part in (("train", train), ("test", test)):
-        if part.labels is None:
-            raise ValueError(f"the {name} images have no labels; a probe needs class subfolders or a labelled data set")
-    assert train.labels is not None and test.labels is not None
-    found = probe(
-        torch.from_numpy(train.vectors),
-        torch.from_numpy(train.labels),
-        torch.from_numpy(test.vectors),
-        settings=Settings(lr, weight_decay, epochs, batch_size, seed),
-    )
-    return accuracies(found.scores, torch.from_numpy(test.labels)) | figures(found)
+    labels, test_labels = labels_of_tables(train, test, "a probe")
+    settings = Settings(lr, weight_decay, epochs, batch_size, seed)
+    best = probe(torch.from_numpy(train.vectors), labels, torch.from_numpy(test.vectors), settings=settings)
+    return accuracies(best.scores, test_labels) | figures(best)
 
 
-def figures(found: Probe) -> dict[str, float]:
-    """The selected settings and their validation accuracy, by name."""
-    return {"validation_top1": found.validation_top1, "lr": found.lr, "weight_decay": found.weight_decay}
+def figures(best: Probe) -> dict[str, float]:
+    """Return the selected settings and their validation accuracy, by name."""
+    return {"validation_top1": best.validation_top1, "lr": best.lr, "weight_decay": best.weight_decay}
 
 
 @torch.inference_mode()

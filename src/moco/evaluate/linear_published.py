@@ -2,21 +2,20 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from moco.config import EvaluateConfig
-from moco.evaluate.contract import HeldOut, Outcome, Task, accuracies, labels_of
-from moco.evaluate.reading import Batches, Read, hold, read
-from moco.method.encoder import ImageEncoder
+from moco.embeddings.features import encode
+from moco.evaluate.contract import Outcome, Task, accuracies, is_vit, labels_of, num_classes
+from moco.evaluate.reading import Batches, hold, read
 from moco.views.specs import VIEWS, ViewSpec
 from moco.views.two_views import OneView
 
@@ -89,22 +88,21 @@ def evaluate_published(task: Task, name: str) -> Outcome:
     labels = labels_of(source.images).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        classifier = build_classifier(form, encoder.num_features, _num_classes(held)).to(device, dtype)
+        classifier = build_classifier(form, encoder.num_features, num_classes(held)).to(device, dtype)
         optimizer = build_optimizer(form, settings, [*encoder.parameters(), *classifier.parameters()])
         test = read(task, held.test, "test", encoder=encoder, precision=precision, cut=True)
-        test_labels = labels_of(test.images)
-        scores = _tester(task, form, encoder, classifier, test, precision)
+        test_labels, test_notes = labels_of(test.images), test.notes
         best, last, steps = 0.0, torch.empty(0), math.ceil(len(source.images) / batch_size)
         for epoch in range(epochs):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(form, settings, epoch, is_vit=hasattr(encoder.backbone, "patch_embed"))
+                group["lr"] = learning_rate(form, settings, epoch, is_vit=is_vit(encoder))
             total = torch.zeros((), device=device)
             for step, batch in enumerate(batches(epoch)):
                 if form.drifting and len(batch.ids) == 1:
                     continue  # one image has no batch statistics
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    own = encoder(batch.views.to(dtype=dtype, memory_format=layout)).to(dtype)
-                inputs, ids = batch.whole(own)  # the frozen encoder is the work: every process trains the classifier
+                with torch.no_grad():
+                    features = encode(encoder, batch.views, precision).to(dtype)
+                inputs, ids = batch.whole(features)  # the encoder is the work: every process trains the classifier
                 loss = F.cross_entropy(classifier(inputs), labels[ids.to(device)])
                 optimizer.zero_grad()
                 loss.backward()
@@ -115,18 +113,21 @@ def evaluate_published(task: Task, name: str) -> Outcome:
                 lr = optimizer.param_groups[0]["lr"]
                 raise RuntimeError(f"the loss became NaN or infinite in epoch {epoch}; lower --lr, now {lr:g}")
             if not form.drifting or epoch + 1 == epochs or (epoch + 1) % LOOK_EVERY == 0:
-                last = scores()
+                if form.drifting:
+                    test = read(task, test.images, "test", encoder=encoder, precision=precision, cut=True)
+                with torch.no_grad():
+                    last = classifier(test.vectors.to(classifier.weight)).cpu()
                 best = max(best, accuracies(last, test_labels)["top1"])
     if not form.drifting:
         check_frozen(encoder, before)
-    notes = (*_notes(name, settings), *batches.notes, *test.notes)
+    notes = (*_notes(name, settings), *batches.notes, *test_notes)
     return Outcome({BEST[form.drifting]: best}, last, notes, test_labels, settings)
 
 
 def in_force(name: str, task: Task) -> EvaluateConfig:
     """The settings, filled in from the form."""
     form, given = FORMS[name], task.settings
-    lr = form.vit_lr if hasattr(task.encoder.backbone, "patch_embed") else form.lr
+    lr = form.vit_lr if is_vit(task.encoder) else form.lr
     return given.model_copy(
         update={
             "form": name,
@@ -158,10 +159,6 @@ def _notes(name: str, settings: EvaluateConfig) -> tuple[str, ...]:
         encoder,
         "Test images are cropped as published: short side to 256 pixels, central 224, or in that proportion.",
     )
-
-
-def _num_classes(held: HeldOut) -> int:
-    return max(len(held.train.classes or ()), int(held.train_labels.max()) + 1)
 
 
 def build_classifier(form: LinearForm, num_features: int, num_classes: int) -> nn.Linear:
@@ -209,18 +206,3 @@ def check_frozen(module: nn.Module, before: Mapping[str, Tensor]) -> None:
     for name, now in tensors_of(module).items():
         if not torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (now, before[name]))):
             raise RuntimeError(f"{name} of the frozen encoder changed while the classifier was trained; this is a bug")
-
-
-def _tester(
-    task: Task, form: LinearForm, encoder: ImageEncoder, classifier: nn.Linear, test: Read, precision: str
-) -> Callable[[], Float[Tensor, "m classes"]]:
-    """A function that returns the scores of the test images; features that cannot change are read only once."""
-
-    @torch.no_grad()
-    def scores() -> Tensor:
-        now = test
-        if form.drifting:
-            now = read(task, test.images, "test", encoder=encoder, precision=precision, cut=True)
-        return classifier(now.vectors.to(classifier.weight)).cpu()
-
-    return scores

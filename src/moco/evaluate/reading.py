@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from moco.data import ArrayImages, BadImage, Images, Loader, epoch_order
+from moco.data import BadImage, Images, Loader, epoch_order
 from moco.data.loader import num_workers
 from moco.data.unreadable import NUM_NAMED, refuse_too_many
 from moco.embeddings.features import read_features
@@ -115,7 +115,7 @@ def cut_side(encoder: ImageEncoder, images: Images) -> int:
     Images in memory that are no larger than the encoder's size are not enlarged.
     """
     size = encoder.input_size
-    small = isinstance(images, ArrayImages) and min(images.images.shape[2:]) <= size
+    small = images.in_memory is not None and min(images.in_memory.shape[2:]) <= size
     return size if small else round(size * 256 / 224)
 
 
@@ -158,7 +158,7 @@ def hold(task: Task, images: Images) -> Held:
     Raises:
         ValueError: too many files cannot be read.
     """
-    if isinstance(images, ArrayImages):
+    if images.in_memory is not None:
         return Held(images)
     pixels: list[Tensor] = []
     good: list[int] = []
@@ -206,7 +206,7 @@ class Batches:
             )
             self._rank, self._world = 0, 1
         self._task, self._held, self._view, self._size, self._whole = task, held, view, batch_size, whole
-        self._pixels = images.images.to(task.device) if isinstance(images, ArrayImages) else None
+        self._pixels = None if images.in_memory is None else images.in_memory.to(task.device)
         self._bad: dict[str, BadImage] = {}
         self._loader = None
         if self._pixels is None and held.pixels is None and len(images) >= batch_size:
@@ -290,7 +290,7 @@ class Batches:
         images = self._held.images
         crops: list[Tensor] = []
         good: list[int] = []
-        if isinstance(images, ArrayImages):
+        if images.in_memory is not None:
             return torch.empty(0), torch.empty(0, dtype=torch.int64)
         for part in ids.split(DECODED_AT_ONCE):
             new: dict[str, BadImage] = {}
