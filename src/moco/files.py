@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -86,16 +87,15 @@ def _reserve(file: IO[bytes], size: int) -> None:
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file completely or not at all: after a crash or on a full disk, the old file is untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with disk_full_named(path), os.fdopen(handle, "wb") as file:
+        with disk_full_named(path), temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -111,12 +111,6 @@ def disk_full_named(path: Path) -> Generator[None]:
             what = f"{cause.strerror}; earlier files are intact; free some space and resume; could not write"
             raise OSError(cause.errno, what, str(path)) from None
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -579,7 +579,7 @@ def test_a_shard_that_cannot_be_had_stops_in_one_line_and_no_image_is_replaced(
     elif why == "gone":
         for name in names:
             fsspec.filesystem("memory").rm_file(f"/set/{name}")
-        said += "had .there is no such file.; see that it is there"
+        said += "fetched .there is no such file.; see that it is there"
     else:
         monkeypatch.setattr("moco.data.places.remote.WAIT", 0)
         monkeypatch.setenv("MOCO_CACHE_GIB", "1e-9")

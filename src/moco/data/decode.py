@@ -12,7 +12,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from moco.data.places.array_rows import is_row, read_row
+from moco.data.places.addresses import array_row
+from moco.data.places.array_rows import read_row
 from moco.data.places.open import open_image
 from moco.data.places.remote import Unavailable
 from moco.data.unreadable import BadImage
@@ -132,7 +133,7 @@ def decode_shrunk(path: str, channels: int, shrink: Callable[[int, int], int]) -
     Raises:
         BadImage: as `decode`.
     """
-    if is_row(path):
+    if array_row(path):
         row = _row(path, channels)
         return Decoded(row, *row.shape[1:], 1)
     with _open(path) as (file, image):

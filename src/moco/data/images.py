@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moco.data.cache import Cached
 from moco.data.decode import Decoded, decode, decode_shrunk, quiet_pillow
-from moco.data.places.remote import is_remote
+from moco.data.places.addresses import is_remote, tar_of
 from moco.data.places.shard_order import WINDOW, few_shards, in_windows
 from moco.data.spacing import evenly
 from moco.data.unreadable import BadImage
@@ -250,7 +250,7 @@ def some_of(images: Images, most: int) -> Images:
     if images.in_memory is not None or not is_remote(images.paths[0]):
         return images.select(evenly(len(images), most).tolist())
     chosen = images.select(few_shards(images.paths, most).tolist())
-    shards = len({path.partition(".tar/")[0] for path in chosen.paths})
+    shards = len(set(map(tar_of, chosen.paths)))
     log = logging.getLogger("moco")
     log.info("of %s images elsewhere %s are looked at, in %d shards", f"{len(images):,}", f"{most:,}", shards)
     return chosen

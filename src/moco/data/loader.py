@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moco.data.images import Images
-from moco.data.places.remote import Unavailable, is_remote
+from moco.data.places.addresses import is_remote
+from moco.data.places.remote import Unavailable
 from moco.data.places.shard_order import refuse_little_room, windowed
 from moco.data.unreadable import NUM_NAMED, BadImage
 from moco.data.worker import Boxes, Crop, Part, Reader, joined, parts_of

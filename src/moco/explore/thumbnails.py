@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moco.data import BadImage, Images
 from moco.data.decode import FORMATS, decode
-from moco.data.places.array_rows import is_row
+from moco.data.places.addresses import array_row
 from moco.data.places.open import open_image
 from moco.views.pixels import pixels_of
 
@@ -91,7 +91,7 @@ def _read(images: Images, row: int, side: int) -> Image.Image:
 
 def _reduced(images: Images, row: int, least: int) -> UInt8[Tensor, "c h w"]:
     path = images.paths[row]
-    if is_row(path):
+    if array_row(path):
         return torch.from_numpy(decode(path, images.channels))
     try:
         with open_image(path) as file, Image.open(file, formats=FORMATS) as image:

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from moco.config import DataConfig, PretrainConfig, parse_config
 from moco.data import BadImage, Images, Splits, load_data
-from moco.data.places.remote import is_remote
+from moco.data.places.addresses import is_remote
 from moco.parallel.device import choose_accelerator
 
 SMALL = 64

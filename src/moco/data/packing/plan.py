@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 
 from moco.data.images import Images
 from moco.data.loader import epoch_order
+from moco.data.places.addresses import name_in_tar
 from moco.data.places.open import open_image
 from moco.data.places.remote import Unavailable
 from moco.data.places.tar_headers import BLOCK
@@ -134,7 +135,7 @@ def keys_of(paths: tuple[str, ...]) -> list[str]:
     readers of this layout part the key from the suffix.
     """
     # Of images that lie in shards already, the names there.
-    names = [path.rpartition(".tar/")[2] for path in paths]
+    names = [name_in_tar(path) for path in paths]
     root = os.path.commonprefix([f"{name.rpartition('/')[0]}/" for name in names]).rpartition("/")[0] + "/"
     taken, keys = set[str](), [""] * len(paths)
     for i in sorted(range(len(paths)), key=paths.__getitem__):

@@ -1,4 +1,4 @@
-"""Images that are files of their own, on this machine."""
+"""Images that are files of their own on this machine."""
 
 import errno
 import io
@@ -12,7 +12,7 @@ def open_file(path: str) -> io.BufferedReader:
     Raises:
         OSError: there is none, or it is a pipe, a device or a folder.
     """
-    # Opening a pipe that has an image's name would wait for ever; anything but a file is an error right here.
+    # A blocking open of a pipe would wait for ever.
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -21,7 +21,7 @@ def open_file(path: str) -> io.BufferedReader:
 
 
 def facts_of_file(path: str) -> str:
-    """Size and time of the last change; empty if there is no such file."""
+    """Return size and time of the last change; empty if there is no such file."""
     try:
         status = os.stat(path)
     except OSError:

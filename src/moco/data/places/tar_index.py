@@ -1,6 +1,6 @@
-"""The index of a tar of images: name, place, size and class of each, so that any is one read away.
+"""The index of a tar of images: name, offset, size and class of each, so that any of them takes one read.
 
-It lies beside the tar as NAME.tar.index, or in the cache where that folder cannot be written. Little-endian throughout:
+It lies beside the tar as NAME.tar.index, or in the cache if that folder cannot be written. Little-endian throughout:
 
     8 bytes  MOCOIDX1
     8 bytes  length of the header
@@ -19,7 +19,6 @@ import json
 import mmap
 import os
 import stat
-import threading
 from bisect import bisect_left
 from contextlib import suppress
 from pathlib import Path
@@ -28,15 +27,16 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from moco.data.places.tar_headers import NO_END, Member, scan
+from moco.files import write_atomically
 
 SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif"))
 """Of files that are images, in lower case."""
 MAGIC = b"MOCOIDX1"
 LABELS = ("label", "cls")
-"""Where KEY.json has the class of the image KEY."""
+"""The keys of KEY.json under which the class of the image KEY may be."""
 THE_REST = "(the rest)"
-"""In place of the names of lost images, where there is none."""
-_SIDE_CAR = 2**16  # bytes of a .cls or .json that are read
+"""Stands for lost images whose names are not known."""
+_LONGEST_LABEL = 2**16  # bytes of a .cls or .json that are read
 
 
 class Stamp(NamedTuple):
@@ -46,7 +46,7 @@ class Stamp(NamedTuple):
     time: int
     """Of its last change, in nanoseconds."""
     sha256: str | None = None
-    """Of all its bytes, where they were all read."""
+    """Of all its bytes, if they were all read."""
 
 
 class Content(NamedTuple):
@@ -56,16 +56,16 @@ class Content(NamedTuple):
     labels: list[int]
     """-1 for none."""
     classes: tuple[str, ...] | None
-    """Names of the labels, where the tar has names and not numbers."""
+    """Names of the labels, if the tar has names and not numbers."""
     lost: tuple[str, ...]
-    """Images that are known to be missing; of a tar that nobody had indexed before, the first of them."""
+    """Images that are known to be missing; only the first of them if the tar had no index before."""
     reason: str | None
-    """Why they are."""
+    """Why they are missing."""
 
 
 @final
 class Index:
-    """An index file, mapped: processes share its memory.
+    """An index file, mapped into memory, which processes share.
 
     Raises:
         ValueError: it is not an index, or a damaged one.
@@ -78,26 +78,30 @@ class Index:
         start = int.from_bytes(data[8:16], "little") + 16
         if data[:8] != MAGIC or start > len(data):
             raise ValueError(f"{str(path)!r} is no index of a tar")
-        self._header: dict[str, Any] = json.loads(bytes(data[16:start]))
-        count = int(self._header["images"])
+        try:
+            header: dict[str, Any] = json.loads(bytes(data[16:start]))
+            self.stamp = Stamp(**header["tar"])
+            self._classes = None if header["classes"] is None else tuple(map(str, header["classes"]))
+            self._lost, self._reason = tuple(map(str, header["lost"])), header["reason"]
+            count = int(header["images"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            raise ValueError(f"{str(path)!r} is damaged") from None
         ends = [start + count * width for width in (0, 8, 16, 24, 28, 32)]
         if count < 0 or ends[-1] > len(data):
             raise ValueError(f"{str(path)!r} is cut off")
         # Views that give plain numbers, several times faster than numpy's.
-        self._hashes = data[ends[0] : ends[1]].cast("Q")
-        self._offsets = data[ends[1] : ends[2]].cast("Q")
-        self._sizes = data[ends[2] : ends[3]].cast("Q")
-        self._labels = data[ends[3] : ends[4]].cast("i")
-        self._ends = data[ends[4] : ends[5]].cast("I")
-        self._names = data[ends[5] :]
-        self.stamp = Stamp(**self._header["tar"])
+        self._hashes, self._offsets, self._sizes = (
+            data[a:b].cast("Q") for a, b in zip(ends[:3], ends[1:4], strict=True)
+        )
+        self._labels, self._ends = data[ends[3] : ends[4]].cast("i"), data[ends[4] : ends[5]].cast("I")
+        self._names = data[ends[-1] :]
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self._hashes)
 
     def find(self, name: bytes) -> tuple[int, int] | None:
-        """First byte and size of the image of this name; None if there is none."""
+        """Return first byte and size of the image of this name; None if there is none."""
         key = _hash(name)
         low = bisect_left(self._hashes, key)
         while low < len(self._hashes) and self._hashes[low] == key:
@@ -107,10 +111,10 @@ class Index:
         return None
 
     def content(self) -> Content:
-        """Everything in it.
+        """Return everything in it.
 
         Raises:
-            ValueError: it does not fit together, or reaches beyond its tar.
+            ValueError: it is inconsistent, or reaches beyond its tar.
         """
         offsets, sizes = np.array(self._offsets), np.array(self._sizes)
         ends, names = np.array(self._ends), bytes(self._names)
@@ -118,23 +122,22 @@ class Index:
         limit = self.stamp.size
         if (offsets > limit).any() or (sizes > limit - np.minimum(offsets, limit)).any() or (starts > ends).any():
             raise ValueError("the index does not fit its tar")
-        classes = self._header["classes"]
         labels, order = list(self._labels), np.argsort(offsets, kind="stable").tolist()
         if len(names) < int(ends[-1] if len(ends) else 0) or min(labels, default=0) < -1:
             raise ValueError("the index is damaged")
-        if classes is not None and max(labels, default=-1) >= len(classes):
+        if self._classes is not None and max(labels, default=-1) >= len(self._classes):
             raise ValueError("the index has labels without a class")
         return Content(
             names=[names[starts[i] : ends[i]].decode("utf-8", "surrogateescape") for i in order],
             labels=[labels[i] for i in order],
-            classes=None if classes is None else tuple(map(str, classes)),
-            lost=tuple(map(str, self._header["lost"])),
-            reason=self._header["reason"],
+            classes=self._classes,
+            lost=self._lost,
+            reason=self._reason,
         )
 
 
 def to_bytes(images: list[Member], content: Content, stamp: Stamp) -> bytes:
-    """An index file. `images` are those of `content`."""
+    """Return an index file; `images` are those of `content`."""
     header = {
         "format": 1,
         "images": len(images),
@@ -146,99 +149,103 @@ def to_bytes(images: list[Member], content: Content, stamp: Stamp) -> bytes:
     encoded = [name.encode("utf-8", "surrogateescape") for name in content.names]
     hashes = np.array([_hash(name) for name in encoded], dtype="<u8")
     order = np.argsort(hashes, kind="stable").tolist()
-    text = json.dumps(header).encode()  # ASCII: what is no UTF-8 is escaped
+    text = json.dumps(header).encode()  # ASCII: everything else is escaped
     text += b" " * (-len(text) % 8)
-    ends = np.cumsum([len(encoded[i]) for i in order])
-    return b"".join(
-        [
-            MAGIC,
-            len(text).to_bytes(8, "little"),
-            text,
-            hashes[order].tobytes(),
-            np.array([images[i].offset for i in order], dtype="<u8").tobytes(),
-            np.array([images[i].size for i in order], dtype="<u8").tobytes(),
-            np.array([content.labels[i] for i in order], dtype="<i4").tobytes(),
-            ends.astype("<u4").tobytes(),
-            *(encoded[i] for i in order),
-        ]
+    columns = (
+        hashes[order],
+        np.array([images[i].offset for i in order], dtype="<u8"),
+        np.array([images[i].size for i in order], dtype="<u8"),
+        np.array([content.labels[i] for i in order], dtype="<i4"),
+        np.cumsum([len(encoded[i]) for i in order]).astype("<u4"),
     )
+    names = (encoded[i] for i in order)
+    return b"".join([MAGIC, len(text).to_bytes(8, "little"), text, *(each.tobytes() for each in columns), *names])
+
+
+def write_index(path: Path, content: bytes) -> Index:
+    """Write an index file and open it.
+
+    Raises:
+        ValueError: the content is not an index.
+        OSError: it cannot be written.
+    """
+    write_atomically(path, lambda file: file.write(content))
+    return Index(path)
 
 
 def read_tar(file: int, path: str, before: Content | None = None) -> tuple[list[Member], Content]:
-    """The images of a tar and what their index says, from its headers and label files.
+    """Find the images of a tar and what its index is to say, from its headers and label files.
 
     A class is that of KEY.cls (a number or a name) or KEY.json (its `label` or `cls`), KEY ending at the first dot of
-    the file's name: https://github.com/webdataset/webdataset. Of two files of one name the later one counts, as it does
-    when a tar is unpacked.
+    the file's name: https://github.com/webdataset/webdataset. Of two files of one name the later one counts, as when a
+    tar is unpacked.
 
     Args:
         file: descriptor of the open tar.
         path: for messages.
-        before: an earlier index of the same tar, which knows what a cut has lost.
+        before: an earlier index of the same tar, which knows what has been cut off.
 
     Raises:
-        ValueError: as `tar.scan`.
+        ValueError: as `scan`.
     """
     members, why, cut = scan(file, path)
-    images, found = dict[str, Member](), dict[str, int | str]()
-    unsafe = []
+    images, label_of, unsafe = dict[str, Member](), dict[str, int | str](), list[str]()
     for member in members:
-        folder, _, base = member.name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        kind = suffix.rpartition(".")[2].lower()
-        if base.startswith("."):  # what macOS adds, for one
+        base = member.name.rpartition("/")[2]
+        suffix = base.rpartition(".")[2].lower()
+        if base.startswith("."):  # such as those that macOS adds
             continue
-        if _is_image(base):
+        if suffix in SUFFIXES:
             if ".." in member.name.split("/") or member.name.startswith("/") or "\0" in member.name:
                 unsafe.append(member.name)
             else:
                 images[member.name] = member
-        elif kind == "cls" or (kind == "json" and f"{folder}/{stem}" not in found):
-            label = _label(os.pread(file, min(member.size, _SIDE_CAR), member.offset))
+        elif suffix == "cls" or (suffix == "json" and _key(member.name) not in label_of):
+            label = _label(os.pread(file, min(member.size, _LONGEST_LABEL), member.offset))
             if label is not None:
-                found[f"{folder}/{stem}"] = label
-    kept = list(images.values())
-    known = [found.get(_key(member.name), -1) for member in kept]
-    if why and found and kept and known[-1] == -1:  # cut off between an image and its label
-        cut = kept.pop().name
-        images.pop(cut), known.pop()
+                label_of[_key(member.name)] = label
+    labels = [label_of.get(_key(name), -1) for name in images]
+    if why and label_of and images and labels[-1] == -1:  # cut off between an image and its label
+        cut, _ = images.popitem()
+        labels.pop()
     classes = None
-    if any(isinstance(label, str) for label in known):
-        classes = tuple(sorted({str(label) for label in known if label != -1}))
-        place = {name: number for number, name in enumerate(classes)}
-        known = [-1 if label == -1 else place[str(label)] for label in known]
+    if any(isinstance(label, str) for label in labels):
+        classes = tuple(sorted({str(label) for label in labels if label != -1}))
+        number_of = {name: number for number, name in enumerate(classes)}
+        labels = [-1 if label == -1 else number_of[str(label)] for label in labels]
     lost = tuple(name for name in before.names if name not in images) if before and why else ()
     if why and not lost:
         lost = (cut,) if cut and _is_image(cut) else () if why == NO_END else (THE_REST,)
     if unsafe:
         lost, why = (*lost, *unsafe), why or "its name leads out of the tar"
-    return kept, Content([m.name for m in kept], [int(label) for label in known], classes, lost, why)
+    return list(images.values()), Content(list(images), [int(label) for label in labels], classes, lost, why)
 
 
 def ensure(path: str, cache: Path) -> Index:
-    """The index of a local tar: the one there is if it is of this tar as it is now, else a new one.
+    """Return the index of a local tar: the one there is if it is of the tar as it is now, else a new one.
 
     Args:
         path: of the tar.
         cache: folder for the index if that of the tar cannot be written.
 
     Raises:
-        ValueError: as `tar.scan`.
-        OSError: the tar cannot be read, or an index be written anywhere.
+        ValueError: as `scan`.
+        OSError: the tar cannot be read, or no index can be written.
     """
     if not hasattr(os, "pread"):
         raise ValueError(f"{path!r}: tars of images are read on Linux and macOS only; unpack it into a folder")
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        folder = stat.S_ISDIR(status.st_mode)
-        raise IsADirectoryError(errno.EISDIR, "a folder", path) if folder else OSError(errno.EINVAL, "not a file", path)
+    mode = os.stat(path).st_mode  # before it is opened, which would wait for the writer of a pipe
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder", path)
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a file", path)
     name = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:24]
-    places, before = [Path(f"{path}.index"), cache / "indexes" / f"{name}.index"], None
+    beside, in_cache, before = Path(f"{path}.index"), cache / "indexes" / f"{name}.index", None
     file = os.open(path, os.O_RDONLY)
     try:
         status = os.fstat(file)
-        for place in places:
-            with suppress(OSError, ValueError, KeyError, TypeError):
+        for place in (beside, in_cache):
+            with suppress(OSError, ValueError):
                 index = Index(place)
                 if index.stamp.size == status.st_size and index.stamp.time == status.st_mtime_ns:
                     return index
@@ -246,29 +253,11 @@ def ensure(path: str, cache: Path) -> Index:
         images, content = read_tar(file, path, before)
     finally:
         os.close(file)
-    made = to_bytes(images, content, Stamp(status.st_size, status.st_mtime_ns))
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write(place, made)
-            return Index(place)
-        except OSError:
-            if place is places[-1]:
-                raise
-    raise AssertionError
-
-
-def write(path: Path, content: bytes) -> None:
-    """A file that is there as a whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    new = to_bytes(images, content, Stamp(status.st_size, status.st_mtime_ns))
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        return write_index(beside, new)
+    except OSError:
+        return write_index(in_cache, new)
 
 
 def _is_image(name: str) -> bool:
@@ -286,14 +275,14 @@ def _key(name: str) -> str:
 
 
 def _label(content: bytes) -> int | str | None:
-    """A class from what a .cls or .json holds; None if it says none."""
+    """Return the class in a .cls or .json; None if it has none."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
         value = content.decode("utf-8", "replace").strip()
     if isinstance(value, dict):
         value = next((value[name] for name in LABELS if name in value), None)
-    if isinstance(value, bool | float | list) or value is None or value == "":
+    if not isinstance(value, int | str) or isinstance(value, bool) or value == "":
         return None
     if isinstance(value, int):
         return value if 0 <= value < 2**31 else None

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from moco.config import DataConfig
 from moco.data.images import Splits
 from moco.data.places import tar_index
+from moco.data.places.addresses import is_remote
 from moco.data.sources.listing import HELD_OUT, Listing, numbered, read_listing
 from moco.packages import install
 
@@ -81,7 +82,7 @@ def _table(path: Path) -> _Table:
                 f"{str(path)!r} has no {name} in {len(missing)} of its {len(values)} rows, the first is row"
                 f" {missing[0]}; expected one in every row" + (", or no such column" if name != "path" else "")
             )
-    if elsewhere := next((each for each in table.paths if "://" in each), None):
+    if elsewhere := next((each for each in table.paths if is_remote(each)), None):
         raise ValueError(f"{str(path)!r} names {elsewhere!r}; expected files on this machine: download them first")
     return table
 

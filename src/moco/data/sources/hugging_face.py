@@ -8,7 +8,8 @@ from pathlib import Path
 
 from moco.config import DataConfig
 from moco.data.images import Splits
-from moco.data.places.hub_rows import HUGGING_FACE, column_of, facts_of_part, library_of, parts_of, rows_of
+from moco.data.places.addresses import HUGGING_FACE, is_hub
+from moco.data.places.hub_rows import column_of, facts_of_part, library_of, parts_of, rows_of
 from moco.data.sources.listing import HELD_OUT, Listing, first_labelled, read_listing
 
 
@@ -16,7 +17,7 @@ def is_hugging_face(source: str) -> bool:
     """Whether it is `hf:NAME`, or a folder of that kind."""
     folder = Path(source).expanduser()
     saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    return source.startswith(HUGGING_FACE) or saved or (folder / "dataset_dict.json").is_file()
+    return is_hub(source) or saved or (folder / "dataset_dict.json").is_file()
 
 
 def load_hugging_face(source: str, config: DataConfig) -> Splits:
@@ -26,7 +27,7 @@ def load_hugging_face(source: str, config: DataConfig) -> Splits:
         ValueError: the extra is not installed, there is no such set, or it has no images or too many that cannot be
             read.
     """
-    name = str(Path(source).expanduser()) if not source.startswith(HUGGING_FACE) else source[len(HUGGING_FACE) :]
+    name = str(Path(source).expanduser()) if not is_hub(source) else source[len(HUGGING_FACE) :]
     if Path(name).is_dir():  # it may have been written anew
         for known in (parts_of, rows_of, facts_of_part):
             known.cache_clear()

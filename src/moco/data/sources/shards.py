@@ -20,7 +20,7 @@ import torch
 from moco.config import DataConfig
 from moco.data.images import FileImages, Images, Splits
 from moco.data.places import remote
-from moco.data.places.remote import is_remote
+from moco.data.places.addresses import is_remote
 from moco.data.places.tar_index import SUFFIXES, Content
 from moco.data.places.tars import index_of, let_go
 from moco.data.sources.listing import HELD_OUT, Listing, read_listing
