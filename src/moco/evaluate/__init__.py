@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from moco.config import DataConfig, EvaluateConfig, parse_evaluation
 from moco.data import load_data, with_labels
 from moco.evaluate import finetune, health
@@ -44,8 +46,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate an encoder with a published protocol.
 
-    Processes started by `torchrun` or `srun` share the work on features, and on kNN's queries; all return what a single
-    process would find, and the first writes it. With the published forms of `linear` that is so but for rounding.
+    Processes started by `torchrun` or `srun` share the work; each returns what one process would, up to rounding with
+    the published forms of `linear`, and the first writes it.
 
     Args:
         source: folder of a run, or any checkpoint that `load_encoder` takes.
@@ -66,8 +68,8 @@ def evaluate(
         RuntimeError: the loss of a classifier or network became NaN or infinite.
 
     Example:
-        >>> found = moco.evaluate("runs/first", "linear", settings={"form": "official"})     # doctest: +SKIP
-        >>> found.name, sorted(found.figures)                                                # doctest: +SKIP
+        >>> result = moco.evaluate("runs/first", "linear", settings={"form": "official"})     # doctest: +SKIP
+        >>> result.name, sorted(result.figures)                                              # doctest: +SKIP
         ('linear-official', ['best_top1', 'top1', 'top5'])
     """
     definition = protocol_named(protocol)
@@ -79,10 +81,8 @@ def evaluate(
     _refuse_processes(start, protocol, definition, requested)
     device = own_device(resolved.accelerator)
     encoder = load_encoder(source, backbone=backbone).to(device)
-    wanted = resolved.features == "projection" or definition.wants_projector
-    projector = load_projector(run).to(device) if run and wanted else None
-    if resolved.features == "projection" and projector is None:
-        raise ValueError(f"{source} holds no projector; expected the folder of a run, or leave out --features")
+    projector = _projector(run, definition, resolved, source)
+    projector = projector.to(device) if projector else None
     views = view_specs(run.config.views) if run and ":" not in run.config.views.recipe else None
     images = _images(run, data, encoder.channels, source)
     task = Task(encoder, projector, load_data(images), resolved, on_progress or (lambda *_: None), views, images)
@@ -91,14 +91,21 @@ def evaluate(
         leads = start.rank == 0 and collectives.rank() == 0
     if not isinstance(outcome, Outcome):
         raise ValueError(f"protocol {protocol!r} returns {outcome!r:.80}; expected a moco.evaluate.Outcome")
-    of_run = run.config.data.source if run else None
-    default_form = definition.default_form(encoder) if definition.default_form else None
-    name = name_of(protocol, requested, default_form=default_form, data=data, own=of_run)
+    of_run, default_form = run.config.data.source if run else None, definition.default_form
+    name = name_of(protocol, requested, default_form=default_form and default_form(encoder), data=data, own=of_run)
     folder = Path(out) if out else run.path / "evaluations" if run else None
     evaluation = _evaluation(name, data or of_run or "", outcome, task, folder)
     if leads:
         evaluation.write()
     return evaluation
+
+
+def _projector(run: Run | None, definition: Protocol, settings: EvaluateConfig, source: str | Path) -> nn.Module | None:
+    needed = settings.features == "projection"
+    projector = load_projector(run) if run and (needed or definition.wants_projector) else None
+    if needed and projector is None:
+        raise ValueError(f"{source} holds no projector; expected the folder of a run, or leave out --features")
+    return projector
 
 
 def _refuse_processes(start: Launch, protocol: str, definition: Protocol, settings: EvaluateConfig) -> None:

@@ -237,10 +237,8 @@ class Batches:
         full = order[: len(order) // size * size]
         rest = order[len(full) :] if self._whole else order[:0]
         # An incomplete batch is small, and might not be shared equally: each process makes all of it.
-        wanted = [
-            *(ids[self._rank :: self._world] for ids in full.split(size) if len(ids)),
-            *([rest] if len(rest) else []),
-        ]
+        wanted = [ids[self._rank :: self._world] for ids in full.split(size) if len(ids)]
+        wanted += [rest] if len(rest) else []
         shared = [self._world > 1] * (len(full) // size) + [False]
         if self._pixels is not None:
             for ids, each in zip(wanted, shared, strict=False):
@@ -263,7 +261,7 @@ class Batches:
         return consensus.union(own) if self._world > 1 else own
 
     def _refuse_too_many(self) -> None:
-        """As a single process would; each of several has met those of its own share."""
+        """Refuse as one process would: each of several has found only those of its own part."""
         bad, number, most = self._unreadable(), len(self._held.images), self._task.data.max_bad
         if len(bad) > most * number:
             raise refuse_too_many(len(bad), number, "training", most, list(map(repr, sorted(bad))))
@@ -287,11 +285,7 @@ class Batches:
 
     def _read(self, ids: Int64[Tensor, " n"], epoch: int) -> tuple[Tensor, Tensor]:
         """Crops of files, decoded a few at a time, without those that cannot be read."""
-        images = self._held.images
-        crops: list[Tensor] = []
-        good: list[int] = []
-        if images.in_memory is not None:
-            return torch.empty(0), torch.empty(0, dtype=torch.int64)
+        images, crops, good = self._held.images, list[Tensor](), list[int]()
         for part in ids.split(DECODED_AT_ONCE):
             new: dict[str, BadImage] = {}
             for id, each in zip(part.tolist(), images.decode_many(part.tolist()), strict=True):

@@ -34,7 +34,7 @@ def build_backbone(
     """Build a network without classifier; it has the attribute `num_features`.
 
     Args:
-        name: a name in `moco.backbones.BACKBONES` or `moco.vit.VITS`, or a model of timm or torchvision.
+        name: a name in `BACKBONES` or `vit.VITS`, or a model of timm or torchvision.
         stem: a name in `STEMS`; `small` replaces a ResNet's 7x7/2 convolution by a 3x3/1 one, and drops the pooling
             after it. Networks in `BACKBONES` have their own stem.
         channels: channels of the images.

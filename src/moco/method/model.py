@@ -128,7 +128,7 @@ class MoCo(nn.Module, ABC):
 
 
 class QueueMoCo(MoCo):
-    """v1 and v2: one positive against K older keys. Which head and batch norm make v1 or v2: `moco.variants`."""
+    """v1 and v2: one positive against K older keys. Which head and batch norm make v1 or v2: `variants.py`."""
 
     queue: KeyQueue
 

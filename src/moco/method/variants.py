@@ -83,7 +83,7 @@ def create_model(
         queue_size: number of keys kept as negatives; v3 has no queue.
         temperature: divides the similarities.
         symmetric: add the loss with the two views swapped.
-        stem: `imagenet`, `small` for images under 64 pixels, or another name in `moco.encoder.STEMS`.
+        stem: `imagenet`, `small` for images under 64 pixels, or another name in `moco.method.backbones.STEMS`.
         head: projector: `variant`, `linear`, `mlp` or `mlp_bn`.
         hidden_dim: width of the head's hidden layers.
         batchnorm: `auto`, `split`, `shuffle`, `sync` or `plain`.
@@ -101,18 +101,9 @@ def create_model(
         >>> out.keys.shape
         torch.Size([16, 128])
     """
-    given = {
-        "dim": dim,
-        "queue_size": queue_size,
-        "temperature": temperature,
-        "symmetric": symmetric,
-        "stem": stem,
-        "head": head,
-        "hidden_dim": hidden_dim,
-        "batchnorm": batchnorm,
-        "bn_splits": bn_splits,
-        "pretrained": pretrained,
-    }
+    names = ("dim", "queue_size", "temperature", "symmetric", "stem", "head", "hidden_dim", "batchnorm", "bn_splits")
+    values = (dim, queue_size, temperature, symmetric, stem, head, hidden_dim, batchnorm, bn_splits)
+    given = {"pretrained": pretrained} | dict(zip(names, values, strict=True))
     chosen = PUBLISHED.get(variant, {}) | {name: value for name, value in given.items() if value is not None}
     if isinstance(backbone, str):
         chosen["backbone"] = backbone

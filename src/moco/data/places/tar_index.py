@@ -90,10 +90,9 @@ class Index:
         if count < 0 or ends[-1] > len(data):
             raise ValueError(f"{str(path)!r} is cut off")
         # Views that give plain numbers, several times faster than numpy's.
-        self._hashes, self._offsets, self._sizes = (
-            data[a:b].cast("Q") for a, b in zip(ends[:3], ends[1:4], strict=True)
-        )
-        self._labels, self._ends = data[ends[3] : ends[4]].cast("i"), data[ends[4] : ends[5]].cast("I")
+        columns = [data[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+        self._hashes, self._offsets, self._sizes = (column.cast("Q") for column in columns[:3])
+        self._labels, self._ends = columns[3].cast("i"), columns[4].cast("I")
         self._names = data[ends[-1] :]
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """Images in tar shards, here or anywhere that has a URL: which shards there are, and what is in them.
 
-Any one image is read alone by its path (`moco.data.members`), so shards are shuffled, shared out and resumed as a
+Any one image is read alone by its path (`moco.data.places.open`), so shards are shuffled, shared out and resumed as a
 folder is.
 """
 
