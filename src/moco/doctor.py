@@ -104,7 +104,7 @@ def devices() -> list[Row]:
 
 
 def needs(config: PretrainConfig) -> list[Row]:
-    """What a run needs; figures are exact unless marked as an estimate."""
+    """Return what a run needs; figures are exact unless marked as an estimate."""
     rows = [Row("recipe", config.recipe)]
     count = num_images(config.data)
     if count is None:
@@ -147,7 +147,7 @@ def memory_held(config: PretrainConfig, query: int, everything: int) -> int:
 
 
 def num_images(data: DataConfig) -> int | None:
-    """Number of training images in a data set, a folder, a list or an array file; None if unknown without a download.
+    """Count the training images of a data set, folder, list or array file; None if unknown without a download.
 
     Files are counted by suffix or in the list, not opened; an array file is read.
 

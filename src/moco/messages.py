@@ -44,7 +44,7 @@ def closest(name: str, known: list[str]) -> str:
 
 
 def _dotted(loc: tuple[int | str, ...], known: list[str]) -> str:
-    """The name of a setting, without the list positions and union branches that pydantic appends to it."""
+    """Return the name of a setting, without the list positions and union branches that pydantic appends to it."""
     for end in range(1, len(loc)):
         if ".".join(map(str, loc[:end])) in known:
             return ".".join(map(str, loc[:end]))
@@ -52,6 +52,6 @@ def _dotted(loc: tuple[int | str, ...], known: list[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as quoted in an error, shortened to 60 characters."""
+    """Return a value as quoted in an error, shortened to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

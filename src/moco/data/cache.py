@@ -47,13 +47,13 @@ class Cached:
     channels: int
 
     def pixels(self, index: int) -> UInt8[np.ndarray, "c h w"]:
-        """A copy of one image."""
+        """Return a copy of one image."""
         start, height, width = self.rows[index].tolist()
         flat = _mapped(self.file)[start : start + height * width * self.channels]
         return np.array(flat).reshape(height, width, self.channels).transpose(2, 0, 1)
 
     def select(self, chosen: Int64[Tensor, " k"]) -> "Cached":
-        """The images at these positions, in this order."""
+        """Return the images at these positions, in this order."""
         return Cached(self.file, self.rows[chosen], self.channels)
 
 
@@ -66,7 +66,7 @@ def _mapped(file: str) -> UInt8[np.ndarray, " b"]:
 def cached(
     paths: Sequence[str], source: Path, *, folder: Path, side: int, channels: int
 ) -> tuple[Cached, dict[int, BadImage]]:
-    """The cache of these files, which is made, finished or made anew if it is not there as it should be.
+    """Return the cache of these files; make, finish or replace it if it is missing, incomplete or outdated.
 
     It holds for the files' names, sizes and times of change. Several processes may ask at once: one makes it, or where
     the file system has no locks, one of each machine. Call inside `quiet_pillow`.
@@ -118,7 +118,7 @@ def _digest(paths: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _alone(file: Path) -> Generator[bool]:
-    """Waits for other processes that make the same cache; false where those of other machines cannot be kept out."""
+    """Wait for other processes that make the same cache; return false if other machines cannot be kept out."""
     with file.open("wb") as lock:
         if wait_for_lock(lock):
             yield True
@@ -144,7 +144,7 @@ def _end(rows: Int64[np.ndarray, "n 3"], channels: int) -> int:
 
 
 def _make(paths: Sequence[str], stem: Path, *, side: int, channels: int) -> dict[int, BadImage]:
-    """Writes pixels and rows, each chunk of pixels before its rows: rows that are there have their pixels."""
+    """Write pixels and rows, each chunk of pixels before its rows, so that every row has its pixels."""
     log, bad = logging.getLogger("moco"), {}
     part_pixels, part_rows = Path(f"{stem}.pixels.part"), Path(f"{stem}.rows.part")
     part_rows.touch()

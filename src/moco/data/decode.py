@@ -32,7 +32,7 @@ ORIENTATION = 0x0112
 
 @contextmanager
 def quiet_pillow() -> Generator[None]:
-    """Turns Pillow's warning about decompression bombs into an error and hides its others (odd EXIF, odd palettes).
+    """Turn Pillow's warning about decompression bombs into an error, and hide its others (odd EXIF, odd palettes).
 
     Filters belong to the process: enter once around a pool of threads, not inside each thread.
     """

@@ -32,7 +32,7 @@ MAX_WORKERS = 16
 
 
 def epoch_order(num_images: int, *, seed: int, epoch: int) -> Int64[Tensor, " n"]:
-    """A permutation of all image ids: a function of seed and epoch alone, whatever ran before."""
+    """Return a permutation of all image ids, which depends on seed and epoch alone."""
     digest = hashlib.blake2b(f"order,{seed},{epoch}".encode(), digest_size=7).digest()
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
 
@@ -97,7 +97,7 @@ class Loader:
         return seconds
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[UInt8[Tensor, "..."], Int64[Tensor, " n"]]]:
-        """This rank's batches from step `start` on: uint8 images and their ids (positions in the image set).
+        """Yield this rank's batches from step `start` on: uint8 images and their ids (positions in the image set).
 
         `ArrayImages` give [n, c, h, w] on the device, `FileImages` [n, v, c, s, s] there or in host memory, where all
         ids are.
@@ -196,7 +196,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 def num_workers(here: int) -> int:
-    """A process's share of the cores, one less: it works too.
+    """Return a process's share of the cores, less one for itself.
 
     Args:
         here: processes that share the cores that this one may use.
@@ -212,7 +212,7 @@ def _context() -> str | None:
 def resized(
     images: Images, indices: Sequence[int] | Int64[Tensor, " n"], *, size: int
 ) -> UInt8[Tensor, "n c {size} {size}"]:
-    """A batch for feature extraction: the short side brought to `size` pixels (bilinear, antialiased), then the centre.
+    """Return a batch for feature extraction: short side resized to `size` (bilinear, antialiased), then centre-cropped.
 
     A file that cannot be read is black, and the log names it.
     """
@@ -235,7 +235,7 @@ def resized(
 
 
 def _outlast(worker: int) -> None:
-    """A scheduler or a terminal tells all processes of a group to stop; readers go on until who trains has saved.
+    """Ignore signals that go to a whole group of processes: readers go on until the training process has saved.
 
     A second SIGTERM, as the one that trains would send when it ends, ends them.
     """

@@ -56,7 +56,7 @@ class Reader(Dataset[Part]):
         self._attempts = min(len(order), int(max_bad * len(order)) + 2)
 
     def __getitem__(self, index: Sequence[int]) -> Part:
-        """What is at these places in the order."""
+        """Return the part at these places in the order."""
         bad: list[BadImage] = []
         wanted = self._order[torch.as_tensor(index)]
         found, failure = [], ""

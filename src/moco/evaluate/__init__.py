@@ -79,20 +79,17 @@ def evaluate(
     resolved = _resolved(requested, definition, run)
     start = launched()
     _refuse_processes(start, protocol, definition, requested)
+    leads = start.rank == 0 and collectives.rank() == 0
     device = own_device(resolved.accelerator)
     encoder = load_encoder(source, backbone=backbone).to(device)
-    projector = _projector(run, definition, resolved, source)
-    projector = projector.to(device) if projector else None
+    projector = _projector(run, definition, resolved, source, device)
     views = view_specs(run.config.views) if run and ":" not in run.config.views.recipe else None
     images = _images(run, data, encoder.channels, source)
     task = Task(encoder, projector, load_data(images), resolved, on_progress or (lambda *_: None), views, images)
-    with met():
-        outcome = definition.measure(task)
-        leads = start.rank == 0 and collectives.rank() == 0
-    if not isinstance(outcome, Outcome):
-        raise ValueError(f"protocol {protocol!r} returns {outcome!r:.80}; expected a moco.evaluate.Outcome")
-    of_run, default_form = run.config.data.source if run else None, definition.default_form
-    name = name_of(protocol, requested, default_form=default_form and default_form(encoder), data=data, own=of_run)
+    outcome = _measured(definition, protocol, task)
+    of_run = run.config.data.source if run else None
+    default_form = definition.default_form(encoder) if definition.default_form else None
+    name = name_of(protocol, requested, default_form=default_form, data=data, own=of_run)
     folder = Path(out) if out else run.path / "evaluations" if run else None
     evaluation = _evaluation(name, data or of_run or "", outcome, task, folder)
     if leads:
@@ -100,12 +97,22 @@ def evaluate(
     return evaluation
 
 
-def _projector(run: Run | None, definition: Protocol, settings: EvaluateConfig, source: str | Path) -> nn.Module | None:
+def _measured(definition: Protocol, name: str, task: Task) -> Outcome:
+    with met():
+        outcome = definition.measure(task)
+    if not isinstance(outcome, Outcome):
+        raise ValueError(f"protocol {name!r} returns {outcome!r:.80}; expected a moco.evaluate.Outcome")
+    return outcome
+
+
+def _projector(
+    run: Run | None, definition: Protocol, settings: EvaluateConfig, source: str | Path, device: str
+) -> nn.Module | None:
     needed = settings.features == "projection"
     projector = load_projector(run) if run and (needed or definition.wants_projector) else None
     if needed and projector is None:
         raise ValueError(f"{source} holds no projector; expected the folder of a run, or leave out --features")
-    return projector
+    return projector.to(device) if projector else None
 
 
 def _refuse_processes(start: Launch, protocol: str, definition: Protocol, settings: EvaluateConfig) -> None:

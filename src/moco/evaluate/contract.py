@@ -136,7 +136,7 @@ class Protocol:
 
 
 def replaced(settings: EvaluateConfig) -> list[str]:
-    """Settings that were given and differ from their default, in the order of their section."""
+    """Return the settings that were given and differ from their default, in the order of their section."""
     return [
         name
         for name, field in EvaluateConfig.model_fields.items()
@@ -145,7 +145,7 @@ def replaced(settings: EvaluateConfig) -> list[str]:
 
 
 def labels_of(images: Images) -> Int64[Tensor, " n"]:
-    """The labels of images, as class numbers.
+    """Return the labels of images, as class numbers.
 
     Raises:
         ValueError: there are none.

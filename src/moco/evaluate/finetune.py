@@ -152,7 +152,7 @@ def evaluate(task: Task) -> Outcome:
 
 
 def kind(form: str | None, encoder: ImageEncoder) -> str:
-    """The given form, or the default for this kind of network.
+    """Return the given form, or the default for this kind of network.
 
     Raises:
         ValueError: it is not in `FINETUNE`.
@@ -170,7 +170,7 @@ PROTOCOL = Protocol(
 
 
 def make_plan(task: Task, num_images: int) -> Plan:
-    """The form for this kind of network, with the settings applied."""
+    """Return the form for this kind of network, with the settings applied."""
     settings = task.settings
     name = kind(settings.form, task.encoder)
     form = FINETUNE[name]
@@ -189,7 +189,7 @@ def make_plan(task: Task, num_images: int) -> Plan:
 
 
 def trainable(encoder: ImageEncoder, *, from_scratch: bool) -> nn.Module:
-    """A trainable copy of the backbone, or the same network with random weights.
+    """Return a trainable copy of the backbone, or the same network with random weights.
 
     All parameters are trained, including v3's frozen patch projection, except for computed position embeddings.
     """

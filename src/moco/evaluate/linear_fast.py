@@ -197,7 +197,7 @@ def held_back(labels: Labels, seed: int) -> Tensor:
 
 
 def principal_axes(vectors: Vectors, device: torch.device) -> Axes:
-    """The principal axes of these features; a constant feature is ignored."""
+    """Return the principal axes of these features; a constant feature is ignored."""
     seen = vectors[:: math.ceil(len(vectors) / CURVATURE_ROWS)]
     width = seen.shape[1]
 
@@ -234,7 +234,7 @@ def on_axes(axes: Axes, vectors: Vectors) -> Inputs:
 
 
 def passes(num_rows: int, settings: Settings) -> tuple[int, int]:
-    """Number of batches per epoch, and number of epochs."""
+    """Return the number of batches per epoch, and of epochs."""
     parts = math.ceil(num_rows / (settings.batch_size or BATCH_SIZE))
     return parts, settings.epochs or max(EPOCHS, math.ceil(MIN_STEPS / parts))
 
@@ -278,7 +278,7 @@ def fit(
 
 
 def _at_once(num_features: int, num_classes: int, settings: Settings) -> int:
-    """Number of pairs that fit into `SWEEP_BYTES`: three values per weight, two per score."""
+    """Return the number of pairs that fit into `SWEEP_BYTES`: three values per weight, two per score."""
     batch = settings.batch_size or BATCH_SIZE
     return max(1, SWEEP_BYTES // (4 * num_classes * (3 * (num_features + 1) + 2 * batch)))
 

@@ -125,7 +125,7 @@ def evaluate_published(task: Task, name: str) -> Outcome:
 
 
 def in_force(name: str, task: Task) -> EvaluateConfig:
-    """The settings, filled in from the form."""
+    """Return the settings, filled in from the form."""
     form, given = FORMS[name], task.settings
     lr = form.vit_lr if is_vit(task.encoder) else form.lr
     return given.model_copy(
@@ -162,7 +162,7 @@ def _notes(name: str, settings: EvaluateConfig) -> tuple[str, ...]:
 
 
 def build_classifier(form: LinearForm, num_features: int, num_classes: int) -> nn.Linear:
-    """The form's initial linear layer, drawn from the global generator."""
+    """Return the form's initial linear layer, drawn from the global generator."""
     classifier = nn.Linear(num_features, num_classes)
     if form.small_init:
         nn.init.normal_(classifier.weight, std=0.01)
@@ -171,7 +171,7 @@ def build_classifier(form: LinearForm, num_features: int, num_classes: int) -> n
 
 
 def build_optimizer(form: LinearForm, settings: EvaluateConfig, params: list[nn.Parameter]) -> Optimizer:
-    """The form's optimizer for the trainable parameters; the learning rate is set each epoch."""
+    """Return the form's optimizer for the trainable parameters; the learning rate is set each epoch."""
     trainable = [parameter for parameter in params if parameter.requires_grad]
     assert len(trainable) == 2, f"{len(trainable)} trainable tensors; expected the classifier's weight and bias alone"
     decay = form.weight_decay if settings.weight_decay is None else settings.weight_decay
@@ -193,7 +193,7 @@ def learning_rate(form: LinearForm, settings: EvaluateConfig, epoch: int, *, is_
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers."""
+    """Return copies of all parameters and buffers."""
     return {name: tensor.detach().clone() for name, tensor in chain(module.named_parameters(), module.named_buffers())}
 
 

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     shared: bool = False
 
     def whole(self, rows: Float[Tensor, "n f"]) -> tuple[Float[Tensor, "m f"], Int64[Tensor, " m"]]:
-        """What was made of its views, and the ids, for the batch of all processes; no gradient flows through."""
+        """Return rows made of its views, and the ids, of the batch of all processes; no gradient flows through."""
         if not self.shared:
             return rows.detach(), self.ids
         return collectives.gather_through(rows, rows.device), collectives.gather_through(self.ids, rows.device)

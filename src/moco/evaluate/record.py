@@ -57,7 +57,7 @@ class Evaluation:
         return self.folder / f"{self.name}.confusion.npy" if self.folder and large else None
 
     def record(self) -> dict[str, Any]:
-        """The content of the JSON file, which `--json` prints.
+        """Return the content of the JSON file, which `--json` prints.
 
         `confusion` is a list of rows or, with more than `MAX_LISTED` classes, the name of the file that holds them, if
         there is one. A figure that is NaN or infinite is None, because JSON has no such numbers.
@@ -77,7 +77,7 @@ class Evaluation:
         }
 
     def mixups(self, most: int = 3) -> list[tuple[str, str, int]]:
-        """The most frequent confusions, in order: class, class predicted instead, number of images."""
+        """Return the most frequent confusions, in order: class, class predicted instead, number of images."""
         if self.confusion is None:
             return []
         wrong = self.confusion.copy()
@@ -137,7 +137,7 @@ def _place(data: str) -> str:
 
 
 def _word(data: str) -> str:
-    """A known data set by its name, a folder by its own name and a hash of its location."""
+    """Return a known data set by its name, a folder by its own name and a hash of its location."""
     if data in DATASETS:
         return data
     place = _place(data)

@@ -144,7 +144,7 @@ def open_atlas(
 
 
 def page_data(atlas: Atlas, *, whole: bool) -> dict[str, Any]:
-    """The data for the page's script.
+    """Return the data for the page's script.
 
     Args:
         atlas: the map to show.
@@ -183,13 +183,13 @@ def page_data(atlas: Atlas, *, whole: bool) -> dict[str, Any]:
 
 
 def _packed(array: np.ndarray, kind: str) -> tuple[str, str]:
-    """The name of a JavaScript typed array, and its bytes in base64."""
+    """Return the name of a JavaScript typed array, and its bytes in base64."""
     name = {"uint8": "Uint8", "uint16": "Uint16", "uint32": "Uint32", "int32": "Int32", "float32": "Float32"}[kind]
     return f"{name}Array", base64.b64encode(array.astype(np.dtype(kind).newbyteorder("<")).tobytes()).decode()
 
 
 def _encoder_of(folder: Path) -> ImageEncoder | None:
-    """The encoder that the table names, if it still exists and is unchanged."""
+    """Return the encoder that the table names, if it still exists and is unchanged."""
     meta = read_meta(folder)
     if meta.encoder_source is None or not Path(meta.encoder_source).exists():
         return None

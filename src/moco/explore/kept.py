@@ -60,7 +60,7 @@ def embedded(run: Run, most: int, on_progress: OnProgress) -> tuple[Embeddings, 
 
 
 def laid_out(embeddings: Embeddings, method: Method = "tsne") -> Layout:
-    """The layout from `lay_out`, or the one kept on disk for the same vectors; each method has its own file."""
+    """Return the layout from `lay_out`, or the one stored for the same vectors; each method has its own file."""
     vectors = np.asarray(embeddings.vectors)
     if embeddings.folder is None:
         return lay_out(vectors, method=method)

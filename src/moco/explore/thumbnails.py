@@ -83,7 +83,7 @@ def _thumbnail(images: Images, row: int) -> Image.Image | None:
 
 
 def _read(images: Images, row: int, side: int) -> Image.Image:
-    """An image that fits into a square, upright and in colour; a large JPEG is never decoded at full size."""
+    """Return an image that fits into a square, upright and in colour; never decode a large JPEG at full size."""
     if images.in_memory is not None:
         return _picture(images.decode(row), side)
     return _picture(_reduced(images, row, 2 * side), side)
@@ -104,7 +104,7 @@ def _reduced(images: Images, row: int, least: int) -> UInt8[Tensor, "c h w"]:
 
 
 def _picture(pixels: UInt8[Tensor, "c h w"], side: int) -> Image.Image:
-    """The image in colour or, with fewer than three channels, its first one in grey; shrunk to fit into a square."""
+    """Return the image in colour, or its first channel in grey; shrunk to fit into a square."""
     array = pixels[:3].permute(1, 2, 0).numpy() if len(pixels) >= 3 else pixels[0].numpy()
     picture = Image.fromarray(array).convert("RGB")
     if max(picture.size) > side:

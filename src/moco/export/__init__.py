@@ -130,7 +130,7 @@ def _refuse_taken(out: Path) -> None:
 
 @contextmanager
 def _whole_or_nothing(out: Path) -> Generator[Path]:
-    """A temporary folder beside `out` that replaces it at the end; after an error, neither exists."""
+    """Yield a temporary folder beside `out` that replaces it at the end; after an error, neither exists."""
     out = out.resolve()
     made = [parent for parent in out.parents if not parent.exists()]
     temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"

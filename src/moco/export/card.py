@@ -81,7 +81,7 @@ class Check(NamedTuple):
 
 
 def model_card(subject: Subject, form: str, written: Written, check: Check) -> str:
-    """The model card: Markdown with the YAML header that Hugging Face reads.
+    """Return the model card: Markdown with the YAML header that Hugging Face reads.
 
     Args:
         subject: what was exported.

@@ -56,7 +56,7 @@ class TorchvisionNetwork(NamedTuple):
 
 
 def in_timm(encoder: ImageEncoder) -> TimmNetwork | None:
-    """The network as timm creates it; None if timm does not have it."""
+    """Return the network as timm creates it; None if timm does not have it."""
     name = encoder.name
     arguments: dict[str, Any] = {} if encoder.channels == 3 else {"in_chans": encoder.channels}
     backbone = encoder.backbone
@@ -77,7 +77,7 @@ def in_timm(encoder: ImageEncoder) -> TimmNetwork | None:
 
 
 def in_torchvision(encoder: ImageEncoder, *, form: str) -> TorchvisionNetwork:
-    """The network as torchvision creates it.
+    """Return the network as torchvision creates it.
 
     Args:
         encoder: any encoder.
@@ -127,7 +127,7 @@ def _small(encoder: ImageEncoder) -> bool:
 
 
 def _stem(encoder: ImageEncoder, activation: str) -> tuple[str, ...]:
-    """Changes to a ResNet's stem; `activation` is the library's name for the activation after its first batch norm."""
+    """Return changes to a ResNet's stem; `activation`: the library's name for the one after its first batch norm."""
     backbone = encoder.backbone
     lines = [f"model.conv1 = {_conv(backbone.get_submodule('conv1'))}"]
     for ours, theirs in (("act1", activation), ("maxpool", "maxpool")):

@@ -66,7 +66,7 @@ def write(subject: Subject, folder: Path) -> Written:
 
 
 def _rest(subject: Subject, prefix: str, key_prefix: str, head: str) -> tuple[dict[str, Tensor], str, int]:
-    """What a run has besides the backbone, by the official names; why there is nothing, if so; and completed epochs."""
+    """Return a run's tensors besides the backbone, by official names; why there are none; and completed epochs."""
     run = subject.run
     if run is None:
         return {}, "", 0

@@ -23,13 +23,13 @@ WIDE = re.compile(
 
 
 def plain(text: str, most: int = 60) -> str:
-    """A name that can be drawn: without control characters, and at most `most` characters long."""
+    """Return a name that can be drawn: without control characters, and at most `most` characters long."""
     shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def fitted(text: str, width: float, size: float) -> str:
-    """A name, shortened so that it is at most `width` points wide at a font size."""
+    """Return a name, shortened so that it is at most `width` points wide at a font size."""
     shown = plain(text, 200)
     if measured(shown, size) <= width:
         return shown

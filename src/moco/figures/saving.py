@@ -44,7 +44,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def svg(figure: Figure, *, alone: bool = False, name: str = "figure") -> str:
-    """A figure drawn in `LIGHT` as an SVG element whose colours follow the reader's preference.
+    """Return a figure drawn in `LIGHT` as an SVG element whose colours follow the reader's preference.
 
     Args:
         figure: any figure; its background is left out.
@@ -81,7 +81,7 @@ def _drawn(figure: Figure, kind: str) -> bytes:
 
 
 def _smaller(found: re.Match[str]) -> str:
-    """A picture within an SVG as JPEG, where that takes a third less room."""
+    """Return a picture within an SVG as JPEG, where that takes a third less room."""
     data = base64.b64decode(found[1])
     picture = Image.open(io.BytesIO(data))
     if len(data) > MAX_PLAIN and np.asarray(picture.convert("RGBA"))[..., 3].min() == 255:

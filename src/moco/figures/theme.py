@@ -61,7 +61,7 @@ class Theme:
         return self.classes[number] if 0 <= number < len(self.classes) else self.muted
 
     def variables(self) -> dict[str, str]:
-        """The colours by the names of their CSS custom properties."""
+        """Return the colours by the names of their CSS custom properties."""
         named = {"paper": self.paper, "ink": self.ink, "muted": self.muted}
         named |= {f"class-{number}": colour for number, colour in enumerate(self.classes)}
         return {f"--figure-{name}": colour for name, colour in named.items()}
@@ -72,7 +72,7 @@ DARK = Theme(paper="#14171B", ink="#E9ECEF", muted="#9AA3AC", classes=CLASS_COLO
 
 
 def colours(theme: Theme) -> str:
-    """The colours of a theme as CSS declarations."""
+    """Return the colours of a theme as CSS declarations."""
     return " ".join(f"{name}: {colour};" for name, colour in theme.variables().items())
 
 
@@ -98,6 +98,6 @@ def legend(axes: Axes, theme: Theme) -> None:
 
 
 def blank(width: float, height: float, theme: Theme, *, arranged: bool = True) -> Figure:
-    """An empty figure, with sizes in inches; `arranged`: its axes are laid out automatically."""
+    """Return an empty figure, with sizes in inches; `arranged`: its axes are laid out automatically."""
     layout = "constrained" if arranged else None
     return Figure(figsize=(width, height), layout=layout, dpi=120, facecolor=theme.paper)

@@ -18,7 +18,7 @@ def group_sizes(n: int, num_splits: int) -> list[int]:
 
 
 def grouped_order(n: int, num_splits: int, device: torch.device) -> Int64[Tensor, " n"]:
-    """The order that puts the interleaved groups one behind the other."""
+    """Return the order that puts the interleaved groups one behind the other."""
     return torch.cat([torch.arange(group, n, num_splits, device=device) for group in range(min(n, num_splits))])
 
 
@@ -175,7 +175,7 @@ class SyncBatchNorm(_TrackedNorm):
 
 
 def convert(module: nn.Module, kind: str, *, num_splits: int = 8, grouped: bool = False) -> nn.Module:
-    """Replaces every torch batch norm below `module` by `split` or `sync`; `shuffle` and `plain` keep torch's.
+    """Replace every torch batch norm below `module` by `split` or `sync`; `shuffle` and `plain` keep torch's.
 
     Parameters and buffers are carried over, so names, shapes and values stay.
     """

@@ -63,7 +63,7 @@ class SmallMapConv2d(nn.Module):
 
 
 def convert(module: nn.Module) -> None:
-    """Replaces every convolution below `module` that has the channels; names, shapes and values stay."""
+    """Replace every convolution below `module` that has the channels; names, shapes and values stay."""
     for name, child in module.named_children():
         if type(child) is not nn.Conv2d:
             convert(child)

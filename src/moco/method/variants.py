@@ -139,7 +139,7 @@ def choose_batchnorm(config: ModelConfig) -> str:
 
 
 def loss_range(config: ModelConfig, batch_size: int) -> tuple[float, float]:
-    """The loss at chance level, and its floor, reached if positives are equal and negatives orthogonal."""
+    """Return the loss at chance level, and its floor, reached if positives are equal and negatives orthogonal."""
     temperature = config.temperature
     negatives = config.queue_size or batch_size - 1
     chance, floor = math.log(1 + negatives), math.log1p(negatives * math.exp(-1 / temperature))

@@ -21,7 +21,7 @@ TEMPERATURE = 10_000.0
 def vision_transformer(
     width: int, *, depth: int = 12, channels: int = 3, conv_stem: bool = False, freeze_patches: bool = True
 ) -> VisionTransformer:
-    """A v3 transformer without classifier: images -> the normalised class token, of length `num_features`.
+    """Return a v3 transformer without classifier: images -> the normalised class token, of length `num_features`.
 
     For images of sizes other than 224, position embeddings are resampled, as in timm; sides that are not a multiple of
     16 are padded with zeros, the mean colour after normalisation, on the right and at the bottom.

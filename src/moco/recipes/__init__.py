@@ -40,7 +40,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name_or_path: str) -> str:
-    """A recipe's YAML as written, including the header; raises the same errors as `load_recipe`."""
+    """Return a recipe's YAML as written, including the header; raises the same errors as `load_recipe`."""
     path = _recipe_path(name_or_path)
     try:
         return path.read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def recipe_text(name_or_path: str) -> str:
 
 
 def recipe_record(name_or_path: str) -> dict[str, str]:
-    """What a recipe's header says about the experiment.
+    """Read what a recipe's header says about the experiment.
 
     Returns:
         `about`, `source`, `expected` and `cost`, as far as the header has them.

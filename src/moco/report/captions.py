@@ -22,7 +22,7 @@ class Picture(NamedTuple):
 
 
 def pictures(folder: Path, facts: Any) -> list[Picture]:
-    """The pictures in a run's folder, as data URIs.
+    """Return the pictures in a run's folder, as data URIs.
 
     Args:
         folder: folder of the run.
@@ -37,7 +37,7 @@ def pictures(folder: Path, facts: Any) -> list[Picture]:
 
 
 def _source(path: Path) -> str:
-    """The picture as a data URI; an SVG is mostly base64 already, and encoding it again would only enlarge it."""
+    """Return the picture as a data URI; an SVG is mostly base64 already, and encoding it again would enlarge it."""
     drawn, painted = (_content(path.with_suffix(ending)) for ending in (".svg", ".png"))
     if drawn.startswith(b"<svg"):
         return f"data:image/svg+xml,{quote(drawn, safe=SAFE)}"

@@ -32,13 +32,13 @@ class Evaluated(NamedTuple):
 
 
 def evaluations(folder: Path) -> list[Evaluated]:
-    """Evaluations in the order of their names; other files are skipped."""
+    """Return the evaluations in the order of their names; skip other files."""
     found = (_evaluated(path) for path in sorted(folder.glob("*.json")))
     return [each for each in found if each]
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; None if it is missing or damaged."""
+    """Return the content of a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -66,7 +66,7 @@ def _evaluated(path: Path) -> Evaluated | None:
 
 
 def _counts(given: Any, path: Path, number: int) -> np.ndarray | None:
-    """The confusion matrix, which is in a separate file beside the JSON if there are many classes."""
+    """Return the confusion matrix, which is in a separate file beside the JSON if there are many classes."""
     try:
         beside = path.with_name(f"{path.stem}.confusion.npy")
         counts = np.load(beside, allow_pickle=False) if given == beside.name else np.asarray(given)

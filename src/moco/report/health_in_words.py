@@ -18,7 +18,7 @@ TOLD = (
 
 
 def health(rows: Rows, chance: float, floor: float) -> tuple[str, list[str]]:
-    """The state in a word or two, and sentences on what the last metrics and their trend mean.
+    """Return the state in a word or two, and sentences on what the last metrics and their trend mean.
 
     Args:
         rows: rows of metrics.csv, without values that were not measured.
@@ -62,7 +62,7 @@ def health(rows: Rows, chance: float, floor: float) -> tuple[str, list[str]]:
 
 
 def trend(rows: Rows) -> str:
-    """A sentence on the trend over the last fifth of the training so far; empty if it has too few rows.
+    """Return a sentence on the trend over the last fifth of the training so far; empty if it has too few rows.
 
     The values are those of its first and last row that have one.
     """

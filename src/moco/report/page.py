@@ -101,7 +101,7 @@ def compare(runs: Sequence[Run | str | Path], out: str | Path = "comparison.html
 
 
 def page(run: Run, *, live: bool = False) -> str:
-    """The HTML of `report`; `live`: the page reloads until the run has finished."""
+    """Return the HTML of `report`; `live`: the page reloads until the run has finished."""
     of = Summary(run)
     chance, floor = of.loss_range
     panels = curve_panels(of.rows, chance=chance, floor=floor, baselines=of.baselines) if of.rows else {}
@@ -137,7 +137,7 @@ def page(run: Run, *, live: bool = False) -> str:
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """The HTML of `compare`."""
+    """Return the HTML of `compare`."""
     found = [Summary(run) for run in runs]
     names = _names([run.path for run in runs])
     settings = [flat(of.config) | {"recipe": of.config.recipe} for of in found]
@@ -171,7 +171,7 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The names of the folders, with as many parents as needed to tell them apart, or else with a number."""
+    """Return the names of the folders, with as many parents as tell them apart, or else with a number."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-depth:]) for each in parts]
@@ -188,7 +188,7 @@ def _confusion(of: Evaluated, number: int) -> Markup | None:
 
 
 def _inline(figure: Figure, label: str, name: str) -> Markup:
-    """A figure to embed in the page; its text was escaped when it was drawn."""
+    """Return a figure to embed in the page; its text was escaped when it was drawn."""
     return Markup(svg(figure, name=name)).replace("<svg", Markup('<svg role="img" aria-label="{}"').format(label), 1)
 
 

@@ -220,7 +220,7 @@ def _pair(images: Images, ids: Tensor, made: TwoViews) -> tuple[Tensor, Tensor]:
 
 
 def _seen(view: Float[Tensor, "n c s s"], spec: ViewSpec) -> UInt8[Tensor, "n s s c"]:
-    """A normalised view, converted back to pixels."""
+    """Return a normalised view, converted back to pixels."""
     channels = view.shape[1]
     mean, std = (_per_channel(values, channels).to(view.device) for values in (spec.mean, spec.std))
     pixels = view * std[:, None, None] + mean[:, None, None]
@@ -233,7 +233,7 @@ def _per_channel(values: tuple[float, ...], channels: int) -> Float[Tensor, " c"
 
 
 def _whole(images: Images, index: int) -> np.ndarray:
-    """An image in its own aspect ratio."""
+    """Return an image in its own aspect ratio."""
     try:
         image = images.decode(index)
     except BadImage:  # it has been named

@@ -16,7 +16,7 @@ ANY_IMAGES = "YOUR_IMAGES"
 
 
 def command(run: Run) -> str:
-    """The command that trains such an encoder on any machine: the recipe, and a flag for each setting that differs.
+    """Return the command that trains such an encoder anywhere: the recipe, and a flag for each setting that differs.
 
     If that would be too long, or the settings come from no recipe, the command uses them as config.yaml
     (`wants_settings`).
@@ -38,12 +38,12 @@ def wants_settings(run: Run) -> bool:
 
 
 def exact_command(run: Run) -> str:
-    """The command that repeats the run on this machine, with every machine-dependent choice as it was made."""
+    """Return the command that repeats the run on this machine, with every machine-dependent choice as it was made."""
     return f"moco pretrain {shlex.quote(str(run.path.resolve() / 'config.yaml'))}"
 
 
 def changes(config: PretrainConfig) -> dict[str, tuple[Any, Any]] | None:
-    """Settings that differ from the recipe's, as (recipe's value, own value); None if they come from no known recipe.
+    """Return settings that differ from the recipe's, as (recipe's value, own); None if from no known recipe.
 
     Choices that the recipe leaves to the machine do not count.
     """

@@ -166,7 +166,7 @@ def _described(weights: Path, backbone: str | None) -> Foreign:
 
 
 def _card(weights: Path) -> dict[str, Any]:
-    """The config.json beside a file of weights; empty if there is none that can be read."""
+    """Return the config.json beside a file of weights; empty if there is none that can be read."""
     try:
         card = json.loads(weights.with_name("config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -223,7 +223,7 @@ def initialise(model: MoCo, config: PretrainConfig) -> str:
 
 
 def _alias(name: str, stem: str, channels: int) -> tuple[Any, str, int]:
-    """A key that is equal for equal networks: ours have two names, and a stem that no setting changes."""
+    """Return a key that is equal for equal networks: ours have two names, and a stem that no setting changes."""
     own = VITS.get(name) or BACKBONES.get(name)
     return own or name, "" if own else stem, channels
 

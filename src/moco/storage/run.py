@@ -51,7 +51,7 @@ class Run:
         return run
 
     def begin(self) -> None:
-        """Makes the folder, over what a process left that was killed before its first checkpoint."""
+        """Create the folder, over what a process killed before its first checkpoint has left."""
         self.last.parent.mkdir(parents=True, exist_ok=True)
         self.remove_partial()
         self.write_text("config.yaml", to_yaml(self.config))

@@ -72,7 +72,7 @@ def _size(path: str) -> int:
 
 
 def begin(out: Path, plans: dict[str, list[Shard]]) -> BinaryIO:
-    """Makes the folder, or finds it as it was begun. While the file that comes back is open, it is refused to others.
+    """Create the folder, or find it as it was begun; others are refused while the returned file is open.
 
     Raises:
         ValueError: it was begun with other images, or another process writes there.
@@ -129,7 +129,7 @@ MAGIC = (
 
 
 def keys_of(paths: tuple[str, ...]) -> list[str]:
-    """A name in the tar for each image: its path from where all are, of letters that every system and reader takes.
+    """Return a name in the tar for each image: its relative path, in letters that every system and reader accepts.
 
     A name that would not be its own gets a hash of the path at its end. There is no dot in it, for at the first one
     readers of this layout part the key from the suffix.

@@ -40,7 +40,7 @@ def read_image(address: str) -> bytes:
 
 
 def facts_of(address: str) -> str:
-    """What changes with an image: size and time of its file, tar or set; empty if that does not exist."""
+    """Return size and time of change of an image's file, tar or set; empty if there is none."""
     if row := hub_row(address):
         return facts_of_part(*row[:2])
     return facts_of_file(address) or facts_of_tar(tar_of(address))

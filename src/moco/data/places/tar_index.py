@@ -96,7 +96,7 @@ class Index:
         self._names = data[ends[-1] :]
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self._hashes)
 
     def find(self, name: bytes) -> tuple[int, int] | None:

@@ -56,5 +56,5 @@ def _listing(name: str, part: str) -> Listing:
 
 
 def _place(name: str, part: str) -> Path:
-    """What a cache of this part is told from others by: the folder, or the name on the hub, wherever this runs."""
+    """Return what identifies the cache of this part: the folder, or the name on the hub."""
     return Path(name, part) if Path(name).is_dir() else Path(os.sep, HUGGING_FACE + name, part)

@@ -44,7 +44,7 @@ class Listing(NamedTuple):
 
 
 def first_labelled(parts: Iterable[tuple[str, Listing]]) -> tuple[str, Listing] | None:
-    """The first part with labels, after which no more are looked at; the first of all where none has any."""
+    """Return the first part with labels, after which no more are looked at; the first of all where none has any."""
     first = None
     for part in parts:
         if part[1].labels is not None:
@@ -54,7 +54,7 @@ def first_labelled(parts: Iterable[tuple[str, Listing]]) -> tuple[str, Listing] 
 
 
 def read_listing(listing: Listing, folder: Path, config: DataConfig, budget: float) -> Images:
-    """Holds the images where they are small and alike, else checks their headers; drops the unreadable."""
+    """Load the images if they are small and of one size, otherwise check their headers; drop unreadable ones."""
     paths, labels, classes = listing
     if not paths:
         raise ValueError(f"no images in {str(folder)!r}; expected files ending in {', '.join(sorted(SUFFIXES))}")
@@ -117,7 +117,7 @@ def _shape(path: str, channels: int) -> tuple[int, ...] | None:
 
 
 def _failures(items: Sequence[Any], work: Callable[[Any], object]) -> dict[int, BadImage]:
-    """Does `work` on every item by several threads; returns what failed, by position."""
+    """Do `work` on every item in several threads; return what failed, by position."""
 
     def chunk(start: int) -> Iterable[tuple[int, BadImage]]:
         failed = []
@@ -136,7 +136,7 @@ def _failures(items: Sequence[Any], work: Callable[[Any], object]) -> dict[int, 
 def numbered(
     where: str, labels: Sequence[str], known: tuple[str, ...] | None = None
 ) -> tuple[list[int], tuple[str, ...]]:
-    """The class number of each label, and the classes' names in order: by their size if all are whole numbers.
+    """Return the class number of each label, and the classes' names in order: by their size if all are whole numbers.
 
     Args:
         where: the labels stand, for the message.

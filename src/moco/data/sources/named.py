@@ -109,7 +109,7 @@ def imagenet(config: DataConfig) -> Splits:
 
 
 def cifar_folder(folder: Path) -> Callable[[DataConfig], Splits] | None:
-    """A loader of the CIFAR python files that this folder is, or directly holds; None for any other folder."""
+    """Return a loader of the CIFAR python files in this folder or directly below; None for any other folder."""
     for name, layout in _CIFAR.items():
         for place in (folder, folder / layout.folder):
             if all((place / file).is_file() for file in (*layout.train, layout.test, layout.meta)):
@@ -124,7 +124,7 @@ def _cifar(name: str, config: DataConfig) -> Splits:
 
 
 def found(name: str, source: Any) -> Path:
-    """The folder of a set that may be downloaded, from `$MOCO_DATA` or `~/.cache/moco`, else downloaded to the latter.
+    """Return the folder of a set in `$MOCO_DATA` or `~/.cache/moco`; download it to the latter if it is in neither.
 
     Args:
         name: of the set, for the message.

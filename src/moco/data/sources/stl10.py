@@ -35,13 +35,13 @@ def stl10(config: DataConfig) -> Splits:
 
 
 def stl10_folder(folder: Path) -> Path | None:
-    """The folder with the authors' files that this one is, or directly holds; None for any other."""
+    """Return the folder with the authors' files, this one or one directly below; None if there is none."""
     places = (folder, folder / FOLDER)
     return next((place for place in places if all((place / name).is_file() for name in _FILES)), None)
 
 
 def read_stl10(folder: Path, config: DataConfig) -> Splits:
-    """The authors' files in a folder; otherwise as `stl10`."""
+    """Read the authors' files in a folder; otherwise as `stl10`."""
     classes = tuple(_bytes(folder / "class_names.txt").decode("utf-8", "replace").split())
     labels = [_labels(folder / f"{part}_y.bin", len(classes)) for part in ("train", "test")]
     counts = [_count(folder / f"{part}_X.bin") for part in ("unlabeled", "train", "test")]

@@ -72,7 +72,7 @@ class Foreign:
     remarks: tuple[str, ...] = ()
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names start with a prefix, with the prefix removed."""
+        """Return the tensors whose names start with a prefix, with the prefix removed."""
         return {name[len(prefix) :]: each for name, each in self.tensors.items() if name.startswith(prefix)}
 
     def summary(self, *used: str) -> str:

@@ -64,7 +64,7 @@ def refuse_others(network: nn.Module, *, name: str, told: int | None, path: Path
 
 
 def assumption(network: nn.Module, weights: dict[str, Tensor], *, name: str, told: int | None) -> tuple[str, ...]:
-    """A remark if the number of heads is only assumed from the name that was given."""
+    """Return a remark if the number of heads is only assumed from the name that was given."""
     places = places_of(weights)
     if told is not None or places is None or places.shape[2] != _WIDTH or are_computed(places):
         return ()

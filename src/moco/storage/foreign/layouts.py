@@ -116,7 +116,7 @@ def _count(weights: dict[str, Tensor], prefix: str) -> int:
 
 
 def places_of(weights: dict[str, Tensor]) -> Float[Tensor, "1 n d"] | None:
-    """The position embeddings of a vision transformer; None if there are none."""
+    """Return the position embeddings of a vision transformer; None if there are none."""
     places = weights.get("pos_embed")
     return places if places is not None and places.ndim == 3 and len(places) == 1 else None
 

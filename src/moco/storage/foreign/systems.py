@@ -19,7 +19,7 @@ SMALL_IMAGES = {
 
 
 def system_of(tensors: dict[str, Tensor], state: Any, best: Found) -> str:
-    """The program that wrote a file, in words.
+    """Return the program that wrote a file, in words.
 
     Args:
         tensors: tensors of the file, by name.
@@ -59,7 +59,7 @@ def normalisation(system: str, *, small: bool) -> tuple[tuple[float, ...], tuple
 
 
 def odd_stem(tensors: dict[str, Tensor], state: Any, best: Found, weights: dict[str, Tensor], path: Path) -> str | None:
-    """The variant of a 3x3 stem: solo-learn's pads by 2, and lightly's, rebuilt from its children, lost its ReLU."""
+    """Return the kind of 3x3 stem: solo-learn's pads by 2, and lightly's, rebuilt from its children, lost its ReLU."""
     if "conv1.weight" not in weights or weights["conv1.weight"].shape[2:] != (3, 3):
         return None
     if best.layout == "children without ReLU":

@@ -137,7 +137,7 @@ class Unpickler:
 
 
 def load(file: BufferedIOBase, *, encoding: str = "utf-8") -> Any:
-    """The part of `pickle.load` that torch needs."""
+    """Do what torch needs of `pickle.load`."""
     return Unpickler(file, encoding=encoding).load()
 
 
@@ -171,7 +171,7 @@ class NumberType:
         self.big = order == ">"
 
     def decode(self, raw: Any) -> Tensor | None:
-        """The numbers in a row; None for what torch has no type for."""
+        """Return the numbers in a row; None for what torch has no type for."""
         kind = NUMPY_TYPES.get(self.code.lstrip("<>|="))
         if kind is None or not isinstance(raw, bytes):
             return None

@@ -65,12 +65,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for messages of one line."""
+    """Return the first line of an error's message, for messages of one line."""
     return str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
 
 
 def _refuse_unread(path: Path) -> int:
-    """Number of bytes in the file when unpacked; raises an error if its format is not supported."""
+    """Return the number of bytes in the file when unpacked; raise an error if its format is not supported."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)
