@@ -63,8 +63,8 @@ def evaluate(
         The results, also written to the folder if there is one.
 
     Raises:
-        ValueError: the protocol or a setting is unknown, or the protocol does not use the setting; a checkpoint was
-            given without images, or images without labels; or several processes cannot share the protocol.
+        ValueError: the protocol or a setting is unknown or not used by it; images are missing, or their labels; or
+            several processes cannot share the protocol.
         RuntimeError: the loss of a classifier or network became NaN or infinite.
 
     Example:

@@ -84,7 +84,7 @@ class MoCo(nn.Module, ABC):
     def forward(
         self, view1: Images, view2: Images, *, ids: Ids | None = None, generator: torch.Generator | None = None
     ) -> Output:
-        """Compute loss and keys. `ids` spare an image's own older keys; `generator` (CPU, equal on all ranks) shuffles."""
+        """Compute loss and keys. `ids` spare an image's older keys; `generator` (CPU, equal on all ranks) shuffles."""
         pairs = [(view1, view2), (view2, view1)] if self.symmetric else [(view1, view2)]
         keys = [self._encode_keys(key_view, generator) for _, key_view in pairs]
         terms = [self._contrast(view, k, ids) for (view, _), k in zip(pairs, keys, strict=True)]
