@@ -20,7 +20,7 @@ from moco.config import parse_config
 from moco.data import ArrayImages, FileImages
 from moco.embeddings.coordinates import Method
 from moco.embeddings.embed import embed_to
-from moco.explore import kept, thumbnails
+from moco.explore import cached, thumbnails
 from moco.explore.atlas import Atlas, open_atlas, page_data
 from moco.explore.layout import Layout, lay_out, level_order
 from moco.explore.server import Server, respond, search_upload, serve
@@ -438,7 +438,7 @@ def test_a_run_is_embedded_and_laid_out_again_only_if_it_was_trained_on(
         calls.clear()
         return open_atlas(run.path, most=9, on_progress=lambda what, done, total: calls.append(what))
 
-    monkeypatch.setattr(kept, "lay_out", counted)
+    monkeypatch.setattr(cached, "lay_out", counted)
     train()
     first = opened()
     assert "embedding" in calls and "laid out" in calls
@@ -451,7 +451,7 @@ def test_a_run_is_embedded_and_laid_out_again_only_if_it_was_trained_on(
     third = opened()
     assert "embedding" in calls and "laid out" in calls
     assert not np.array_equal(third.embeddings.vectors, first.embeddings.vectors)
-    (third.embeddings.folder or tmp_path).joinpath(kept.LAYOUT).write_bytes(b"cut off")
+    (third.embeddings.folder or tmp_path).joinpath(cached.LAYOUT).write_bytes(b"cut off")
     opened()
     assert "embedding" not in calls and "laid out" in calls
 
@@ -463,7 +463,7 @@ def test_a_run_that_nothing_can_be_written_to_is_opened_all_the_same(tmp_path: P
         run.path,
         ImageEncoder(backbone, name="resnet-tiny", stem="imagenet", channels=1, mean=(0.5,), std=(0.5,), input_size=8),
     )
-    (run.path / kept.FOLDER).write_text("in the way")
+    (run.path / cached.FOLDER).write_text("in the way")
     assert len(open_atlas(run.path, most=9)) == 9
 
 

@@ -1,1 +1,1 @@
-"""A page to look at: a map of all images, and a report of a run."""
+"""A map of all images, in a browser or in one file."""

@@ -17,7 +17,7 @@ from moco.embeddings.coordinates import Method, check_method
 from moco.embeddings.embed import fingerprint
 from moco.embeddings.search import search
 from moco.embeddings.table import META, Embeddings, images_of, load, read_meta
-from moco.explore.kept import embedded, laid_out
+from moco.explore.cached import embedded, laid_out
 from moco.explore.layout import Layout
 from moco.explore.thumbnails import ACROSS, CELL, Sheet, sheet
 from moco.figures import CLASS_COLOURS_DARK, CLASS_COLOURS_LIGHT

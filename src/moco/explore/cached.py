@@ -1,4 +1,4 @@
-"""Keeping what takes long to compute for a map: a run's vectors and their layout."""
+"""What takes long to compute for a map, cached on disk: the vectors of a run, and their layout."""
 
 import hashlib
 import json
