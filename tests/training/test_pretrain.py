@@ -19,9 +19,12 @@ from moco.method.optim import key_momentum, learning_rate
 from moco.method.variants import loss_range
 from moco.parallel import collectives
 from moco.parallel.signals import Stopped
+from moco.storage import checkpoint
 from moco.storage.run import Run
+from moco.training import loop
 from moco.training.monitor import Monitor
 from moco.training.settings import choose_settings
+from moco.training.step import Training
 from small import SmallBackbone
 
 BATCH, QUEUE = 16, 40
@@ -173,6 +176,33 @@ def test_killed_while_knn_is_taken_a_run_comes_to_the_same_end(tmp_path: Path, m
     assert rows == others
     end, other = (torch.load(each.last, weights_only=True)["model"] for each in (found, wanted))
     assert all(torch.equal(end[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_checkpoint_that_earlier_code_saved_before_knn_is_continued_with_that_row(
+    at_end: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings({"monitor": {"log_every": 3, "every": 1}}, **({"steps": 4} if at_end else {}))
+    report = loop.report_row
+
+    def saved_before(training: Training, run: Run, *rest: Any, evaluates: bool) -> None:
+        if evaluates:
+            checkpoint.save(run.last, training.state() | {"unlogged": True})
+            raise Killed
+        report(training, run, *rest, evaluates=evaluates)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "report_row", saved_before)
+        with pytest.raises(Killed):
+            moco.pretrain(config, out=tmp_path / "run", data=IMAGES)
+    found = moco.pretrain(config, resume=tmp_path / "run", data=IMAGES)
+    wanted = moco.pretrain(config, out=tmp_path / "undisturbed", data=IMAGES)
+    timed = ("images_per_second", "data_wait", "train_seconds", "cpu_seconds")
+    rows, others = (
+        [{n: v for n, v in row.items() if n not in timed} for row in each.metrics] for each in (found, wanted)
+    )
+    assert rows == others and "trained encoder" in found.results
+    assert "unlogged" not in torch.load(found.last, weights_only=True)
 
 
 @pytest.mark.parametrize("told", [False, True])

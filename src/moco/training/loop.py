@@ -45,7 +45,8 @@ def train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSig
     Raises:
         Stopped: a process received a signal; everything is saved.
     """
-    monitor, loader, unreadable = training.config.monitor, training.loader, set[str]()
+    monitor, loader = training.config.monitor, training.loader
+    unreadable, max_bad = set[str](), training.config.data.max_bad
     first_step, saved_at = training.done, time.monotonic()
     training.clock.start()
     while training.done < training.total:
@@ -58,9 +59,11 @@ def train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSig
             # Loss and speed are reported every few steps; kNN and health after every few epochs and at the end.
             finished = training.done == training.total
             ends_epoch = training.done % loader.steps_per_epoch == 0
+            if ends_epoch and not training.in_memory:
+                agree_on_unreadable(loader.bad, unreadable, num_images=training.num_images, max_bad=max_bad)
             evaluates = finished or (ends_epoch and monitor.every > 0 and (epoch + 1) % monitor.every == 0)
             if evaluates or training.done % monitor.log_every == 0:
-                _report(training, run, metrics, signals, on_progress, evaluates=evaluates)
+                report_row(training, run, metrics, signals, on_progress, evaluates=evaluates)
 
             # All processes save and stop at the same step.
             overdue = time.monotonic() - saved_at > monitor.save_every
@@ -72,18 +75,14 @@ def train(training: Training, run: Run, metrics: MetricsWriter, signals: StopSig
                 _stop(signum, run)
             if finished:
                 break
-        if not training.in_memory:
-            agree_on_unreadable(
-                loader.bad, unreadable, num_images=training.num_images, max_bad=training.config.data.max_bad
-            )
     if collectives.rank() == 0:
         log.info("trained %d steps in %.0f s", training.done - first_step, training.clock.state()["train_seconds"])
 
 
-def open_metrics(training: Training, run: Run) -> MetricsWriter:
-    """Open metrics.csv for the rest of the run; only the first process writes to it."""
+def open_metrics(run: Run, keep_until: int) -> MetricsWriter:
+    """Open metrics.csv, without rows of steps after `keep_until`; only the first process writes to it."""
     path, leads = run.path / "metrics.csv", collectives.rank() == 0
-    return consensus.together(lambda: MetricsWriter(path, COLUMNS, keep_until=training.done, active=leads))
+    return consensus.together(lambda: MetricsWriter(path, COLUMNS, keep_until=keep_until, active=leads))
 
 
 def save(training: Training, run: Run, metrics: MetricsWriter, *, best: bool = False) -> None:
@@ -124,7 +123,7 @@ def _stop(signum: int, run: Run) -> None:
     raise stopped
 
 
-def _report(
+def report_row(
     training: Training,
     run: Run,
     metrics: MetricsWriter,
@@ -148,6 +147,8 @@ def _report(
             if collectives.world_size() == 1:
                 raise
             signals.failure = error  # a full disk, say: the other processes learn of it when they next agree
+    if evaluates:
+        consensus.fail_together(signals.failure)  # a checkpoint must not rely on a row that was not written
     if training.config.monitor.split == "heldout" and row.get("knn_top1", -1) > training.best:
         training.best = row["knn_top1"]
         save(training, run, metrics, best=True)

@@ -22,7 +22,7 @@ from moco.storage.run import Run
 from moco.training.agreement import check_same_step, load_same_images
 from moco.training.briefing import briefing, cautions, environment, say_resumed
 from moco.training.build import prepare
-from moco.training.loop import OnProgress, open_metrics, save, train
+from moco.training.loop import OnProgress, open_metrics, report_row, save, train
 from moco.training.official import continue_from_official
 from moco.training.settings import find_start
 from moco.training.step import Training
@@ -70,6 +70,8 @@ def pretrain(
     official = None
     if start.official:
         official = encoder_files.read_any(start.official, backbone=start.config.model.backbone)
+    show = on_progress or (lambda progress: None)
+    unreported = bool(state.get("unlogged"))  # earlier code saved before kNN: that row is still to be written
     fabric = build_fabric(start.config.engine, start.config.monitor.loggers, run.path)
     with queued_again(), loss_named(run.path):
         splits = load_same_images(lambda: _images(start.config, data), start.config)
@@ -80,6 +82,7 @@ def pretrain(
             del state["model"], state["optimizer"]  # copied: they need not be held for hours
         if official and start.official:
             continue_from_official(training, official, start.official)
+            official = None  # copied, too
         check_same_step(training.done, fresh=fresh)
         consensus.first(run.begin if fresh else run.remove_partial)
         with run.logged() if collectives.rank() == 0 else nullcontext():
@@ -87,13 +90,23 @@ def pretrain(
                 _introduce(training, run, splits)
             else:
                 say_resumed(training, state)
-            if consensus.first(lambda: training.done < training.total or "trained encoder" not in run.results):
-                with closing(open_metrics(training, run)) as metrics, StopSignal() as signals:
-                    if fresh:
+            if consensus.first(lambda: _is_unfinished(training, run, unreported)):
+                with closing(open_metrics(run, training.done - unreported)) as metrics, StopSignal() as signals:
+                    if unreported:
+                        report_row(training, run, metrics, signals, show, evaluates=True)
+                    if fresh or unreported:
                         save(training, run, metrics)  # a process killed from here on can be resumed
-                    train(training, run, metrics, signals, on_progress or (lambda progress: None))
+                    train(training, run, metrics, signals, show)
                 _conclude(training, run, splits)  # a process killed from here on has lost nothing
     return run
+
+
+def _is_unfinished(training: Training, run: Run, unreported: bool) -> bool:
+    """Return whether there is anything left to do; forget results of fewer steps than the run is to have now."""
+    results = run.results
+    if training.done < training.total and results.pop("trained encoder", None):
+        run.write_json("results.json", results)
+    return training.done < training.total or unreported or "trained encoder" not in results
 
 
 def _introduce(training: Training, run: Run, splits: Splits) -> None:

@@ -84,7 +84,7 @@ def choose_settings(
         where = DataConfig(source=str(data)) if named else DataConfig()
         config = choose_automatically(where, None if named else Splits(as_images(data), None))
     elif not isinstance(config, PretrainConfig):
-        config = load_recipe(str(config or "digits"))
+        config = load_recipe("digits" if config is None else str(config))
     if data is not None:
         config = merge(config, {"data": {"source": str(data) if named else GIVEN}})
     if resumed:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from moco.data.decode import with_channels
-from moco.data.images import ArrayImages, Images
+from moco.data.images import ArrayImages, FileImages, Images
 from moco.data.places.array_rows import planes
 from moco.views.pixels import pixels_of
 
@@ -25,7 +25,7 @@ def as_images(given: Any, *, channels: int = 3) -> Images:
     Raises:
         ValueError: none of these, no images, or images of several sizes.
     """
-    if isinstance(given, Images):
+    if isinstance(given, ArrayImages | FileImages):
         if given.channels != channels:
             raise ValueError(
                 f"images have {given.channels} channels; expected {channels}: load them with --data.channels {channels}"
